@@ -1,0 +1,15 @@
+#pragma once
+// The only folder that includes pybind11. Each function adds one room's classes and functions to the module.
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+namespace inferos::bindings {
+
+namespace py = pybind11;
+
+void add_errors(py::module_& m);   // inferos::Error -> inferos.errors
+void add_kernels(py::module_& m);  // _core.kernels: every ISA's kernels, for tests and hosts
+void add_cache(py::module_& m);    // Arena, Cache, AttentionParams: the sequence API
+
+}  // namespace inferos::bindings

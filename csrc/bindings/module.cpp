@@ -1,0 +1,8 @@
+#include "bindings/bindings.hpp"
+
+PYBIND11_MODULE(_core, m) {
+  m.doc() = "Native core of inferos: kernels, arena, sequence cache.";
+  inferos::bindings::add_errors(m);
+  inferos::bindings::add_kernels(m);
+  inferos::bindings::add_cache(m);
+}

@@ -1,0 +1,55 @@
+#pragma once
+// Budgeted memory for KV blocks.
+//
+// Blocks of one size share slabs; a slab comes from the operating system in one piece, 64-byte aligned blocks inside,
+// and goes back when its last block is released. Slabs grow from 64 KiB to 2 MiB with the arena, so that a small
+// cache wastes little and a large one sits on huge pages (madvise on Linux; plain pages elsewhere).
+// The budget caps reserved bytes (slabs), which is what the process really pays. Nothing is ever reallocated or moved.
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+
+namespace inferos {
+
+// What a block is for; only accounting depends on it.
+enum class ArenaTag : std::uint8_t { kF16 = 0, kInt8 = 1, kK8V4 = 2, kInt4 = 3, kScore = 4 };
+inline constexpr std::size_t kArenaTags = 5;
+
+struct ArenaStats {
+  std::size_t budget_bytes;                         // 0 = no limit
+  std::size_t reserved_bytes;                       // slabs held from the operating system
+  std::size_t reserved_high_water_bytes;
+  std::size_t used_bytes;                           // live blocks
+  std::size_t used_high_water_bytes;
+  std::array<std::size_t, kArenaTags> used_by_tag;  // live blocks by purpose
+  std::size_t live_blocks;
+  std::size_t slabs;
+  std::size_t huge_slabs;                           // slabs for which the OS was asked for, and accepted, huge pages
+};
+
+// Thread-safe. Allocation happens once every 64 tokens, so one mutex is enough.
+class Arena {
+ public:
+  explicit Arena(std::size_t budget_bytes, bool huge_pages = true);  // Error{kConfig} where 0 < budget < 64 KiB
+  ~Arena();
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+
+  // A block of `bytes` (rounded up to 64), 64-byte aligned, contents unspecified.
+  // Throws Error{kBudget} naming the request, the use and the budget; nothing is changed then.
+  std::byte* allocate(std::size_t bytes, ArenaTag tag);
+  // `block` and its size and tag as given to allocate.
+  void release(std::byte* block, std::size_t bytes, ArenaTag tag) noexcept;
+
+  ArenaStats stats() const;
+  // Test seam: the n-th allocation from now (1 = the next) throws Error{kBudget}; 0 switches it off.
+  void fail_after(std::size_t n) noexcept;
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace inferos

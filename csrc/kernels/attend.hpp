@@ -1,0 +1,91 @@
+#pragma once
+// Attention of the query heads that share one kv head over a list of blocks of one format: the decode kernel and the prefill tile.
+// Online softmax (https://arxiv.org/abs/2112.05682): callers keep a Partial per query head and merge partials by log-sum-exp.
+//
+// Every ISA returns the same bits. To make that possible the arithmetic is fixed:
+//   * sums over a dimension run in 16 lanes (lane = index % 16) with fused multiply-adds in index order, then
+//     reduce16: lanes (i, i+8), then (i, i+4), (i, i+2), (i, i+1) are added, in that order;
+//   * exp is inferos::kernels' own polynomial (exp.hpp of scalar/), the same operations everywhere;
+//   * quantised products are exact integers.
+//
+// Decode, one query token. For each block, in list order, for each query head g:
+//   logits, 64 tokens:
+//     F16   s[t] = scale * sum_d q[d] * K[d][t]            (fma over d ascending, from 0)
+//     K8    w[d] = q[d] * kscale[d]; a = max |w|; W[d] = rint(w[d] * (16256 / a)) (all 0 where a < 2^-100);   bias = reduce16(sum q[d] * kmin[d])
+//           s[t] = fma(float(sum_d W[d] * code[d][t]), (a / 16256) * scale, bias * scale)
+//           (VNNI: W = 128 * hi + lo, both s8; AVX2: 16-bit products. The integer is the same.)
+//     K4    the same with 127 instead of 16256: storage error dominates by 10x
+//   softcap > 0: s = softcap * tanh(s / softcap)
+//   tokens outside [begin, end) or outside the visible range: s = -inf, p = 0
+//   m' = max(m, max s); the block is skipped where m' is -inf; alpha = exp(m - m'); p[t] = exp(s[t] - m')
+//   l = l * alpha + reduce16(sum of p in lanes t % 16, ascending t)
+//   values, D channels:
+//     F16   o[d] = fma over t ascending of p[t] * V[t][d], starting from o[d] * alpha
+//     V8    r[t] = p[t] * vscale[t]; b = max r; P[t] = rint(r[t] * (255 / b)) in 0..255 (all 0 where b < 2^-100)
+//           o[d] = fma(float(sum_t P[t] * code[d][t]), b / 255, o[d] * alpha)
+//     V4    the same with the u4 codes, and the bias  c = reduce16(sum_t p[t] * vmin[t])  is added to every channel:
+//           o[d] = fma(float(sum), b / 255, o[d] * alpha) + c
+//   A rotated format (K8V4, INT4) leaves o in the rotated domain: the caller visits those blocks first and rotates o once.
+//
+// Prefill: blocks are expanded once into f32 tiles and multiplied for many rows.
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+#include "core/cpu.hpp"
+#include "kernels/block.hpp"
+
+namespace inferos::kernels {
+
+struct Visible {           // positions of the sequence that a query sees: [first, last]
+  std::int32_t first;
+  std::int32_t last;
+};
+
+struct DecodeTask {
+  const float* q;            // [group][D]
+  std::size_t group;         // query heads per kv head, 1..
+  std::size_t d;             // head_dim
+  float scale;               // on logits, for example 1/sqrt(D)
+  float softcap;             // 0 = none
+  Visible visible;
+  Format format;             // of all blocks of the list
+  const BlockView* blocks;
+  std::size_t count;
+  // Partial results, read and updated: o[group][D], m[group] (-inf at the start), l[group] (0 at the start).
+  float* o;
+  float* m;
+  float* l;
+  float* logits;             // nullptr, or [count][group][64]: the logits s, for the attention mass
+};
+
+struct PrefillTile {
+  const float* q;            // [rows][D]
+  std::size_t rows;
+  std::size_t d;
+  float scale;
+  float softcap;
+  const float* k;            // [64/16][D][16] f32
+  const float* v;            // [64][D] f32
+  std::int32_t start;        // position of the tile's token 0
+  std::uint16_t begin, end;  // valid tokens of the tile
+  const Visible* visible;    // [rows]
+  float* o;                  // [rows][D]
+  float* m;                  // [rows]
+  float* l;                  // [rows]
+};
+
+struct Attend {
+  Isa isa;
+  void (*decode)(const DecodeTask& task) noexcept;
+  // Expands one block into the tiles of PrefillTile; V stays in the block's own domain (rotated for K8V4 and INT4).
+  void (*expand)(Format format, const BlockView& block, std::size_t d, float* k, float* v) noexcept;
+  // s = scale * (q . k) by fma over d ascending; then softcap, mask, m, alpha, p, l as in decode; o by fma over t ascending from o * alpha.
+  void (*prefill)(const PrefillTile& tile) noexcept;
+};
+
+std::span<const Attend> attend_runnable();
+const Attend& attend();
+
+}  // namespace inferos::kernels

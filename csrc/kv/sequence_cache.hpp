@@ -1,0 +1,108 @@
+#pragma once
+// The KV cache of one sequence: every layer, every kv head, in FP16 and packed blocks. DESIGN.md decisions 3 to 6.
+//
+// Positions 0..sink-1 sit in one FP16 sink block per head; behind it the grid: blocks of 64 positions. The newest
+// `recent_window` tokens are FP16; a block whose last token is older than that is packed as a whole, when its layer is next called.
+// A sliding-window layer (local_window >= 0) has no sinks and frees blocks that no later query can see.
+//
+// A step is a transaction:
+//   begin(past, tokens)      the first layer called begins it; every memory a step may need, for all layers, is allocated here
+//                            (new FP16 blocks and the packed blocks of those due), so running out of budget precedes any change
+//   append(layer, k, v)      once per layer: packs what is due in this layer, then writes the new tokens
+//   commit()                 when all layers have appended; a step of which a layer is missing is dropped by the next begin
+// A step that is never committed is rolled back by dropping FP16 tokens; packing is never undone (it changes no committed token's
+// membership, and the undisturbed run would have packed the same block at the same step).
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "core/arena.hpp"
+#include "kernels/attend.hpp"
+#include "kernels/block.hpp"
+
+namespace inferos::kv {
+
+using kernels::BlockView;
+using kernels::Format;
+
+struct LayerShape {
+  std::size_t kv_heads;       // 1..1024
+  std::size_t head_dim;       // multiple of 16 in 16..256
+  std::int32_t local_window;  // -1 = all tokens; else the newest local_window + 1 positions (the query's own included) are visible
+};
+
+struct CacheOptions {
+  std::vector<LayerShape> layers;       // 1..4096
+  std::vector<Format> formats;          // per layer: what a block becomes when it leaves the window; kF16 = it stays
+  std::size_t recent_window = 64;       // 16..512 tokens
+  std::size_t sink_tokens = 4;          // 0..64
+  std::size_t max_tokens = 1u << 30;    // Error{kShape} beyond it
+};
+
+struct TierBytes {
+  std::array<std::size_t, kernels::kFormats> blocks;  // by Format, all layers and heads
+  std::array<std::size_t, kernels::kFormats> bytes;   // as held in the arena; shared blocks count once per holder
+  std::array<std::size_t, kernels::kFormats> tokens;  // token-heads: valid tokens summed over layers and heads
+  std::size_t shared_bytes;                           // part of `bytes` that a fork shares
+};
+
+// Blocks of one (layer, kv head), by format; the order inside a format is ascending in position.
+struct HeadStreams {
+  std::array<std::vector<BlockView>, kernels::kFormats> by_format;
+};
+
+// Not thread-safe: the caller holds the sequence (registry.hpp's Lease).
+class SequenceCache {
+ public:
+  SequenceCache(CacheOptions options, std::shared_ptr<Arena> arena);  // Error{kConfig}, Error{kShape}
+  ~SequenceCache();
+  SequenceCache(const SequenceCache&) = delete;
+  SequenceCache& operator=(const SequenceCache&) = delete;
+
+  const CacheOptions& options() const noexcept;
+  std::int64_t length() const noexcept;           // committed tokens
+  std::int64_t pending() const noexcept;          // tokens of the open step, 0 = none
+  std::int64_t kept_from() const noexcept;        // first position that every layer still holds (sliding windows lose the past)
+
+  // For the op: the first call of a step begins it, later layers join. `past` says what the host believes is cached:
+  //   past == length()                          a new step; an open one, whole or not, is dropped
+  //   past == length() + pending(), all layers  the open step is committed first (a host that never calls commit)
+  //   past <  length()                          rewind(past) first
+  // A layer that already ran in the open step also means a new step. Errors: kSequence (a gap, another past or count than the
+  // open step's), kRewind, kBudget (nothing changed), kShape.
+  void enter(std::size_t layer, std::int64_t past, std::int64_t tokens);
+  void begin(std::int64_t tokens);                // drops an open step, then begins one at length()
+  // k, v: [tokens][kv_heads][head_dim] f32, keys already rotated by their position.
+  void append(std::size_t layer, const float* k, const float* v);
+  void commit();                                  // Error{kSequence} unless every layer has appended
+  void rollback() noexcept;
+
+  // Streams of the layer's heads, the open step's tokens included once appended.
+  std::span<const HeadStreams> streams(std::size_t layer) const;
+  std::int64_t visible_length(std::size_t layer) const;  // committed, plus pending once this layer has appended
+
+  // Forgets positions >= length. A packed block stays packed with fewer valid tokens; the next token opens a new FP16 block.
+  // Error{kRewind} before kept_from() or beyond length(). Drops an open step.
+  void rewind(std::int64_t length);
+  void clear();
+  // A second sequence with the same tokens: packed blocks are shared, FP16 blocks copied. Drops no step: Error{kSequence} while one is open.
+  std::unique_ptr<SequenceCache> fork() const;
+  // One-way: the block at `index` of the grid of (layer, head) to a narrower format (INT8 -> K8V4 -> INT4, F16 -> any).
+  // Returns false, and changes nothing, where it is not narrower, is in the window, or is a sink.
+  bool demote(std::size_t layer, std::size_t head, std::size_t index, Format format);
+  std::size_t grid_blocks() const noexcept;
+
+  // One committed token back, dequantised, un-rotated: k[head_dim], v[head_dim]. Error{kShape}.
+  void read(std::size_t layer, std::size_t head, std::int64_t position, float* k, float* v, Format* format) const;
+  TierBytes tier_bytes() const;
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace inferos::kv

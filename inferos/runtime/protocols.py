@@ -1,0 +1,66 @@
+"""What the decode loop needs from a session: small Protocols, so that tests pass fakes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Collection
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["DecoderSession", "Float32", "Ids", "TokenSequence"]
+
+Ids = npt.NDArray[np.int64]
+Float32 = npt.NDArray[np.float32]
+
+
+class TokenSequence(Protocol):
+    """One conversation's tokens and their KV cache inside a session."""
+
+    @property
+    def length(self) -> int:
+        """Committed tokens."""
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of KV held for this sequence, as the allocator counts them."""
+
+    @property
+    def kv_elements(self) -> int:
+        """K and V values held: tokens x layers x 2 x kv_heads x head_dim."""
+
+    def feed(self, ids: Ids) -> Float32:
+        """Run ids (tokens,) in one step and commit them; logits (vocab_size,) after the last."""
+
+    def feed_all(self, ids: Ids) -> Float32:
+        """Run ids (tokens,) in one step and commit them; logits (tokens, vocab_size) after each."""
+
+    def rewind(self, length: int) -> None:
+        """Forget positions >= length. Raises RewindError where that position is gone."""
+
+    def fork(self) -> TokenSequence:
+        """A second sequence with the same tokens."""
+
+    def close(self) -> None:
+        """Free the cache. Closing twice does nothing."""
+
+
+class DecoderSession(Protocol):
+    """A decoder model that keeps its KV caches."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def context_length(self) -> int:
+        """Tokens the model can hold, from its configuration."""
+
+    @property
+    def kv(self) -> str:
+        """off, f16, int8, k8v4, int4 or auto."""
+
+    def sequence(self) -> TokenSequence:
+        """A new, empty sequence."""
+
+    def step(self, sequences: Collection[TokenSequence], ids: Ids) -> Float32:
+        """One token for each of several sequences: ids (rows,) -> logits (rows, vocab_size). Commits all or none."""
