@@ -263,7 +263,7 @@ template <bool kClean, class T>
   transpose_lanes(quad);
 }
 
-// Where the codes of tokens t.., channels c.. of a K tile start; kPerRow = channels in one 4-byte word.
+// Where the codes of tokens t.., channels c.. of a K tile start; kPerWord = channels in one 4-byte word.
 template <std::size_t kPerWord>
 std::size_t k_offset(std::size_t t, std::size_t c, std::size_t d) noexcept {
   return ((t / 32 * (d / kPerWord) + c / kPerWord) * 32 + t % 32) * 4;
