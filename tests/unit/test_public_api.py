@@ -14,11 +14,8 @@ import inferos
 
 def public_modules() -> list[str]:
     """Dotted names of inferos and of every module below it whose path has no private part."""
-    names = ["inferos"]
-    for found in pkgutil.walk_packages(inferos.__path__, "inferos."):
-        if not any(part.startswith("_") for part in found.name.split(".")):
-            names.append(found.name)
-    return sorted(names)
+    names = [found.name for found in pkgutil.walk_packages(inferos.__path__, "inferos.")]
+    return ["inferos", *(name for name in names if not any(part.startswith("_") for part in name.split(".")))]
 
 
 MODULES = public_modules()
@@ -36,7 +33,7 @@ def own_names(module: ModuleType) -> set[str]:
 
 
 def undocumented(name: str, value: object) -> list[str]:
-    """Qualified names of `value` and its own public methods and properties that have no docstring, their bases' included."""
+    """Qualified names of `value` and its public members that have no docstring, not even an inherited one."""
     if not (inspect.isclass(value) or inspect.isroutine(value)):
         return []
     missing = [] if inspect.getdoc(value) else [name]

@@ -28,7 +28,7 @@ def test_example_runs_and_prints_text() -> None:
     assert len(example.splitlines()) <= 10
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
-        exec(compile(example, "README.md", "exec"), {"__name__": "readme"})
+        exec(compile(example, "README.md", "exec"), {"__name__": "readme"})  # noqa: S102 - our own text
     assert output.getvalue().strip()
 
 
