@@ -1,0 +1,21 @@
+#include "kernels/hadamard.hpp"
+
+#include <array>
+
+#include "kernels/dispatch.hpp"
+#include "kernels/tables.hpp"
+
+namespace inferos::kernels {
+
+std::span<const Hadamard> hadamard_runnable() {
+  static const std::array all{scalar::kHadamard};
+  static const std::span<const Hadamard> runnable = runnable_of(std::span<const Hadamard>(all));
+  return runnable;
+}
+
+const Hadamard& hadamard() {
+  static const Hadamard& table = active_of(hadamard_runnable());
+  return table;
+}
+
+}  // namespace inferos::kernels
