@@ -14,8 +14,8 @@
 namespace inferos::ort {
 namespace {
 
-constexpr std::size_t kTileTokens = 16;          // tokens one task of the preparation handles
-constexpr std::size_t kKeptScratch = 1u << 20;   // floats a thread keeps between calls; a long prompt's are given back
+constexpr std::size_t kTileTokens = 16;         // tokens one task of the preparation handles
+constexpr std::size_t kKeptScratch = 1u << 20;  // floats a thread keeps between calls; a long prompt's are given back
 
 // Rows in f32, as the cache and the attention want them. One per thread that calls session.run.
 class Scratch {
@@ -99,7 +99,8 @@ std::vector<kv::Lease> hold(const StepInputs& step) {
 }
 
 // Begins or joins the step of every row before any of them is written, so that a budget that is too small changes nothing.
-void append(std::vector<kv::Lease>& leases, const StepInputs& step, const Attributes& attributes, const float* k, const float* v) {
+void append(std::vector<kv::Lease>& leases, const StepInputs& step, const Attributes& attributes, const float* k,
+            const float* v) {
   const auto layer = static_cast<std::size_t>(attributes.layer);
   for (std::size_t row = 0; row < step.batch; ++row) {
     leases[row]->enter(layer, step.rows[row].past, static_cast<std::int64_t>(step.rows[row].tokens));
@@ -108,8 +109,8 @@ void append(std::vector<kv::Lease>& leases, const StepInputs& step, const Attrib
   for (std::size_t row = 0; row < step.batch; ++row) leases[row]->append(layer, k + row * stride, v + row * stride);
 }
 
-void attend(std::vector<kv::Lease>& leases, const StepInputs& step, const Attributes& attributes, const float* q, float* out,
-            Executor& executor) {
+void attend(std::vector<kv::Lease>& leases, const StepInputs& step, const Attributes& attributes, const float* q,
+            float* out, Executor& executor) {
   const std::size_t width = step.heads * step.d;
   std::vector<attention::Row> rows;
   rows.reserve(step.batch);
@@ -119,7 +120,8 @@ void attend(std::vector<kv::Lease>& leases, const StepInputs& step, const Attrib
     rows.push_back({&*leases[row], q + offset, out + offset, tokens, nullptr});
     std::fill(out + offset + tokens * width, out + offset + step.sequence * width, 0.0f);
   }
-  const attention::Params params{static_cast<std::size_t>(attributes.layer), step.heads, attributes.scale, attributes.softcap};
+  const attention::Params params{static_cast<std::size_t>(attributes.layer), step.heads, attributes.scale,
+                                 attributes.softcap};
   attention::run(rows, params, executor);
 }
 
@@ -176,7 +178,8 @@ void CompressedAttention::run(KernelContext* context) const {
   const std::size_t width = step.heads * step.d;
   const std::int64_t dims[3] = {step.query.dims[0], step.query.dims[1], static_cast<std::int64_t>(width)};
   Value* output = nullptr;
-  api_.checked<ApiIndex::kContextOutput>(context, std::size_t{0}, static_cast<const std::int64_t*>(dims), std::size_t{3}, &output);
+  api_.checked<ApiIndex::kContextOutput>(context, std::size_t{0}, static_cast<const std::int64_t*>(dims),
+                                         std::size_t{3}, &output);
   if (step.batch == 0 || step.sequence == 0) return;
   void* output_data = nullptr;
   api_.checked<ApiIndex::kGetTensorMutableData>(output, &output_data);
@@ -204,7 +207,8 @@ void CompressedAttention::run(KernelContext* context) const {
 Status* CompressedAttention::compute(KernelContext* context) const noexcept {
   const auto fail = [&](const Error& error) noexcept -> Status* {
     try {
-      const Error named(error.code(), node_.empty() ? error.what() : std::string(error.what()) + " (node " + node_ + ")");
+      const Error named(error.code(),
+                        node_.empty() ? error.what() : std::string(error.what()) + " (node " + node_ + ")");
       for (const kv::Handle handle : read_handles(api_, context)) kv::keep_error(handle, named);
       return api_.status(named.what());
     } catch (const std::exception&) {

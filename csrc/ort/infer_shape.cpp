@@ -14,7 +14,8 @@ std::int64_t attribute(Api api, const ShapeContext* context, const char* name) {
   if (!api.succeeded<ApiIndex::kShapeContextAttribute>(context, name, &found)) return 0;
   std::int64_t value = 0;
   std::size_t written = 0;
-  const bool read = api.succeeded<ApiIndex::kReadOpAttribute>(found, kInt64, static_cast<void*>(&value), sizeof value, &written);
+  const bool read =
+      api.succeeded<ApiIndex::kReadOpAttribute>(found, kInt64, static_cast<void*>(&value), sizeof value, &written);
   return read ? value : 0;
 }
 

@@ -21,13 +21,10 @@ struct Op : OpTable {
 ElementType input_type(const OpTable* op, std::size_t index) {
   switch (static_cast<Input>(index)) {
     case Input::kLengths:
-    case Input::kTotal:
-      return ElementType::kInt32;
+    case Input::kTotal: return ElementType::kInt32;
     case Input::kPositions:
-    case Input::kHandle:
-      return ElementType::kInt64;
-    default:
-      return static_cast<const Op*>(op)->type;
+    case Input::kHandle: return ElementType::kInt64;
+    default: return static_cast<const Op*>(op)->type;
   }
 }
 
@@ -37,10 +34,8 @@ Characteristic input_characteristic(const OpTable*, std::size_t index) {
     case Input::kValue:
     case Input::kCosine:
     case Input::kSine:
-    case Input::kPositions:
-      return Characteristic::kOptional;
-    default:
-      return Characteristic::kRequired;
+    case Input::kPositions: return Characteristic::kOptional;
+    default: return Characteristic::kRequired;
   }
 }
 
@@ -93,8 +88,8 @@ Op make_op(ElementType type, const ApiEntry* api) noexcept {
 
 // The ops and their domain for one copy of ONNX Runtime. Sessions keep pointers into it, so it lives as long as the process.
 struct Registration {
-  explicit Registration(const ApiEntry* table) : api(table), of_float(make_op(ElementType::kFloat, table)),
-                                                 of_float16(make_op(ElementType::kFloat16, table)) {
+  explicit Registration(const ApiEntry* table)
+      : api(table), of_float(make_op(ElementType::kFloat, table)), of_float16(make_op(ElementType::kFloat16, table)) {
     api.checked<ApiIndex::kCreateCustomOpDomain>(kOpDomain, &domain);
     api.checked<ApiIndex::kCustomOpDomainAdd>(domain, static_cast<const OpTable*>(&of_float));
     api.checked<ApiIndex::kCustomOpDomainAdd>(domain, static_cast<const OpTable*>(&of_float16));

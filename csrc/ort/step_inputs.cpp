@@ -16,7 +16,8 @@ std::string text(const std::vector<std::int64_t>& dims) {
 }
 
 [[noreturn]] void refuse(const char* input, const std::vector<std::int64_t>& dims, const std::string& wanted) {
-  throw Error(ErrorCode::kShape, std::string("CompressedAttention: ") + input + " is " + text(dims) + ", wanted " + wanted);
+  throw Error(ErrorCode::kShape,
+              std::string("CompressedAttention: ") + input + " is " + text(dims) + ", wanted " + wanted);
 }
 
 Tensor read(Api api, const KernelContext* context, Input input) {
@@ -78,11 +79,13 @@ void read_rotary(Api api, const KernelContext* context, StepInputs& step) {
 }
 
 // Past and new tokens of each row. `lengths` are totals minus 1, as GroupQueryAttention has them.
-void read_rows(std::span<const std::int32_t> lengths, std::int64_t total, std::span<const kv::Handle> handles, StepInputs& step) {
+void read_rows(std::span<const std::int32_t> lengths, std::int64_t total, std::span<const kv::Handle> handles,
+               StepInputs& step) {
   const auto sequence = static_cast<std::int64_t>(step.sequence);
   step.first_prompt = total == sequence;
   if (!step.first_prompt && step.batch > 1 && sequence > 1) {
-    throw Error(ErrorCode::kShape, "CompressedAttention: " + std::to_string(step.batch) + " rows of " + std::to_string(sequence) +
+    throw Error(ErrorCode::kShape, "CompressedAttention: " + std::to_string(step.batch) + " rows of " +
+                                       std::to_string(sequence) +
                                        " tokens with a past; several tokens after a past are for one row only");
   }
   for (std::size_t row = 0; row < step.batch; ++row) {
@@ -131,7 +134,8 @@ StepInputs read_inputs(Api api, const KernelContext* context, const Attributes& 
   const Tensor total = read(api, context, Input::kTotal);
   if (elements(total) != 1) refuse("total_sequence_length", total.dims, "one value");
   const std::int64_t longest = *static_cast<const std::int32_t*>(total.data);
-  checked_range(longest, static_cast<std::int64_t>(step.sequence), kMaxExtent, "CompressedAttention: total_sequence_length");
+  checked_range(longest, static_cast<std::int64_t>(step.sequence), kMaxExtent,
+                "CompressedAttention: total_sequence_length");
   const auto handles = read_handles(api, context);
   if (handles.size() != step.batch) {
     throw Error(ErrorCode::kShape, "CompressedAttention: " + std::to_string(handles.size()) + " handles for " +
