@@ -10,8 +10,6 @@ Examples
 True
 """
 
-from __future__ import annotations
-
 import importlib as _importlib
 import typing as _typing
 
