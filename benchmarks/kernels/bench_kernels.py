@@ -105,7 +105,7 @@ def numpy_attend(q: Float32, k: Float32, v: Float32) -> Float32:
 
 @pytest.mark.parametrize("kv", ["f16", "int8", "k8v4", "int4", "numpy"])
 def bench_decode(benchmark: BenchmarkFixture, kv: str) -> None:
-    """One query token, 8 kv heads with 4 query heads each, 2048 tokens; the active instruction set (INFEROS_ISA changes it)."""
+    """One query token, 8 kv heads with 4 query heads each, 2048 tokens; INFEROS_ISA chooses the instruction set."""
     benchmark.group = f"decode 32/8/{HEAD_DIM}, 2048 tokens, {kernels.active_isa()}"
     rng = np.random.default_rng(1)
     keys, values = rng.standard_normal((2, 2048, 8, HEAD_DIM), dtype=np.float32)
