@@ -1,2 +1,0 @@
-#include "bindings/bindings.hpp"
-namespace inferos::bindings { void add_cache(py::module_&) {} }

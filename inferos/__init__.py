@@ -1,0 +1,96 @@
+"""Adaptive, mixed-precision KV cache for ONNX Runtime LLM inference.
+
+``import inferos`` itself loads nothing heavier than numpy: every public name arrives on first use, and
+onnxruntime, onnx, pydantic and tokenizers with the name that needs them.
+
+Examples
+--------
+>>> import inferos
+>>> inferos.errors.BudgetError.__mro__[2] is MemoryError
+True
+"""
+
+import importlib as _importlib
+import typing as _typing
+
+from inferos import errors
+from inferos.errors import InferosError
+
+if _typing.TYPE_CHECKING:
+    from inferos.config import Policy
+    from inferos.kv import Arena, KVCache, LayerSpec, kernels
+    from inferos.runtime.generate import Generation, Token
+    from inferos.runtime.model import Conversation, Model, load
+    from inferos.runtime.register import register
+    from inferos.runtime.rewrite import rewrite
+    from inferos.runtime.sampler import SamplingOptions
+
+    __version__: str
+
+__all__ = [
+    "Arena",
+    "Conversation",
+    "Generation",
+    "InferosError",
+    "KVCache",
+    "LayerSpec",
+    "Model",
+    "Policy",
+    "SamplingOptions",
+    "Token",
+    "errors",
+    "kernels",
+    "load",
+    "register",
+    "rewrite",
+]
+
+# Public name -> the module that defines it.
+_HOMES = {
+    "Arena": "inferos.kv",
+    "Conversation": "inferos.runtime.model",
+    "Generation": "inferos.runtime.generate",
+    "KVCache": "inferos.kv",
+    "LayerSpec": "inferos.kv",
+    "Model": "inferos.runtime.model",
+    "Policy": "inferos.config",
+    "SamplingOptions": "inferos.runtime.sampler",
+    "Token": "inferos.runtime.generate",
+    "kernels": "inferos.kv",
+    "load": "inferos.runtime.model",
+    "register": "inferos.runtime.register",
+    "rewrite": "inferos.runtime.rewrite",
+}
+
+
+def _version() -> str:
+    """The version: pyproject.toml's in a source tree, else the installed distribution's (written from it)."""
+    from importlib import metadata
+    from pathlib import Path
+
+    source = Path(__file__).parents[1] / "pyproject.toml"
+    if source.is_file():
+        import tomllib
+
+        project = tomllib.loads(source.read_text("utf-8")).get("project", {})
+        if project.get("name") == "inferos":
+            return str(project["version"])
+    try:
+        return metadata.version("inferos")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def __getattr__(name: str) -> object:
+    if name == "__version__":
+        value: object = _version()
+    elif name in _HOMES:
+        value = getattr(_importlib.import_module(_HOMES[name]), name)
+    else:
+        raise AttributeError(f"module 'inferos' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__")), "__version__"})
