@@ -1,10 +1,10 @@
 """The quantisers, the fp16 conversions, the rotation and the block codec, on numpy arrays.
 
-One call handles one block: 1 to 64 tokens of one kv head. head_dim is a multiple of 16 from 16 to 256. ``isa`` is one of
-`runnable_isas()`, or "" for the active one; all of them return the same bits. Arrays must be C-contiguous and of the dtype
-stated: nothing is converted silently. All functions are thread-safe and release the GIL while they work.
+One call handles one block: 1 to 64 tokens of one kv head. head_dim is a multiple of 16 from 16 to 256. ``isa`` is one
+of `runnable_isas()`, or "" for the active one; all of them return the same bits. Arrays must be C-contiguous and of the
+dtype stated: nothing is converted silently. All functions are thread-safe and release the GIL while they work.
 
-The arithmetic, and why the half step is a promise that holds: csrc/kernels/quantize.hpp. The bytes: block.hpp beside it.
+The arithmetic, and why the half step is a promise that holds: csrc/kernels/quantize.hpp. The bytes: block.hpp there.
 """
 
 from __future__ import annotations
