@@ -24,9 +24,10 @@ _LOGITS_BYTES = 64 << 20
 _MIN_CHUNK = 16
 
 # ONNX Runtime's exceptions derive from Exception directly and have no common base.
-ORT_ERRORS: tuple[type[Exception], ...] = tuple(
-    kind for kind in vars(_native).values() if isinstance(kind, type) and issubclass(kind, Exception)
-) + (RuntimeError,)
+ORT_ERRORS: tuple[type[Exception], ...] = (
+    *(kind for kind in vars(_native).values() if isinstance(kind, type) and issubclass(kind, Exception)),
+    RuntimeError,
+)
 
 _TYPES: dict[str, type[np.generic]] = {
     "tensor(float)": np.float32,
@@ -102,7 +103,7 @@ def check_ids(ids: npt.ArrayLike, layout: ModelLayout, length: int) -> Ids:
         raise ShapeError(f"feed: id {low if low < 0 else high} is not within 0..{layout.vocab_size - 1}")
     if length + array.size > layout.context_length:
         raise ContextError(
-            f"feed: {length} tokens held and {array.size} new are more than the model's context of {layout.context_length}"
+            f"feed: {length} tokens held and {array.size} new are more than the model's {layout.context_length}"
         )
     return array.astype(np.int64)
 

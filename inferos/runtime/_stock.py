@@ -140,7 +140,9 @@ class StockSequence:
             return
         layout = self.session.layout
         grown = [
-            np.zeros((1, layer.kv_heads, capacity, layer.head_dim), layout.dtype) for layer in layout.layers for _ in "kv"
+            np.zeros((1, layer.kv_heads, capacity, layer.head_dim), layout.dtype)
+            for layer in layout.layers
+            for _ in "kv"
         ]
         for old, new in zip(buffers, grown, strict=False):
             new[:, :, : self._length] = old[:, :, : self._length]
