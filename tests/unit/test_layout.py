@@ -257,7 +257,7 @@ def test_neutral_attributes_of_newer_exporters_are_accepted(tmp_path: Path) -> N
 @pytest.mark.parametrize(("head_dim", "kv_heads"), [(8, 2), (24, 2), (272, 2), (16, 3)])
 def test_head_shapes_we_do_not_compute_are_refused(tmp_path: Path, head_dim: int, kv_heads: int) -> None:
     folder = tiny_folder(tmp_path, Tiny(head_dim=head_dim, kv_heads=kv_heads, layers=1))
-    with pytest.raises(UnsupportedError, match="head_dim|multiple of 3"):
+    with pytest.raises(UnsupportedError, match=r"head_dim|multiple of 3"):
         read_layout(folder)
 
 
