@@ -70,9 +70,7 @@ def main() -> int:
     parser.add_argument("--kv", default="f16,int8,k8v4,int4")
     parser.add_argument("--json", default="-", metavar="FILE")
     args = parser.parse_args()
-    rows = [
-        fill(kv, args.context, args.layers, args.kv_heads, args.head_dim, args.chunk) for kv in args.kv.split(",")
-    ]
+    rows = [fill(kv, args.context, args.layers, args.kv_heads, args.head_dim, args.chunk) for kv in args.kv.split(",")]
     record = {"schema": "inferos.memory/1", "version": inferos.__version__, "layers": args.layers, "rows": rows}
     text = json.dumps(record, indent=1) + "\n"
     if args.json == "-":

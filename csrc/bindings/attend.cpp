@@ -2,6 +2,7 @@
 
 #include <limits>
 #include <optional>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -24,16 +25,16 @@ using BlockTuple = std::tuple<Bytes, std::int32_t, int, int, int>;  // record, s
 
 [[noreturn]] void refuse(const std::string& what) { throw Error(ErrorCode::kShape, what); }
 
+template <class Sizes>
+std::string joined(const Sizes& sizes) {
+  std::ostringstream text;
+  for (const auto size : sizes) text << (text.tellp() == 0 ? "" : ", ") << size;
+  return text.str();
+}
+
 void expect(const py::array& array, const char* name, const std::vector<std::size_t>& shape) {
-  bool same = static_cast<std::size_t>(array.ndim()) == shape.size();
-  std::string wanted;
-  std::string got;
-  for (std::size_t i = 0; i < shape.size(); ++i) {
-    same = same && static_cast<std::size_t>(array.shape(static_cast<py::ssize_t>(i))) == shape[i];
-    wanted += (i == 0 ? "" : ", ") + std::to_string(shape[i]);
-  }
-  for (py::ssize_t i = 0; i < array.ndim(); ++i) got += (i == 0 ? "" : ", ") + std::to_string(array.shape(i));
-  if (!same) refuse(std::string(name) + ": shape (" + got + "), wanted (" + wanted + ")");
+  const std::vector<std::size_t> got(array.shape(), array.shape() + array.ndim());
+  if (got != shape) refuse(std::string(name) + ": shape (" + joined(got) + "), wanted (" + joined(shape) + ")");
 }
 
 Format checked_format(int format) {

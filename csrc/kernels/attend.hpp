@@ -6,10 +6,9 @@
 //   * sums over a dimension run in 16 lanes (lane = index % 16) with fused multiply-adds in index order, from 0, then
 //     reduce16: lanes (i, i+8), then (i, i+4), (i, i+2), (i, i+1) are added, in that order;
 //   * exp is the polynomial of exp_constants.hpp, the same operations everywhere; it is exactly 0 below -64;
-//   * quantised products are exact integers;
-//   * a maximum ignores NaN.
-// Promised for finite q and finite FP16 blocks (packed blocks are finite by construction). A NaN in K or V of a token makes the
-// results of the heads that see it NaN; a head whose q is not finite gets unspecified values. Neither reads or writes out of bounds.
+//   * quantised products are exact integers.
+// Promised for finite q and finite FP16 blocks (packed blocks are finite by construction). A NaN in K or V of a token makes l or o
+// of the heads that see it NaN; a head whose q is not finite gets unspecified values. Neither reads or writes out of bounds.
 //
 // Decode, one query token. For each block, in list order, for each query head g:
 //   [lo, hi) = [begin, end) cut to the visible range; a block with none is skipped (its logits are -inf)

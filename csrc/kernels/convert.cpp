@@ -8,7 +8,12 @@
 namespace inferos::kernels {
 
 std::span<const Convert> convert_runnable() {
-  static const std::array all{scalar::kConvert};
+  static const std::array all{
+      scalar::kConvert,
+#if defined(INFEROS_X86)
+      avx512vnni::kConvert,
+#endif
+  };
   static const std::span<const Convert> runnable = runnable_of(std::span<const Convert>(all));
   return runnable;
 }

@@ -8,7 +8,12 @@
 namespace inferos::kernels {
 
 std::span<const Hadamard> hadamard_runnable() {
-  static const std::array all{scalar::kHadamard};
+  static const std::array all{
+      scalar::kHadamard,
+#if defined(INFEROS_X86)
+      avx512vnni::kHadamard,
+#endif
+  };
   static const std::span<const Hadamard> runnable = runnable_of(std::span<const Hadamard>(all));
   return runnable;
 }

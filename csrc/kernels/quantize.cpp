@@ -8,7 +8,12 @@
 namespace inferos::kernels {
 
 std::span<const Quantize> quantize_runnable() {
-  static const std::array all{scalar::kQuantize};
+  static const std::array all{
+      scalar::kQuantize,
+#if defined(INFEROS_X86)
+      avx512vnni::kQuantize,
+#endif
+  };
   static const std::span<const Quantize> runnable = runnable_of(std::span<const Quantize>(all));
   return runnable;
 }

@@ -94,7 +94,7 @@ class _Graph:
         return self.constant(name, self.weights[key].astype(np.float32))
 
     def linear(self, x: str, layer: int, part: str, key: str) -> str:
-        """x @ W for one projection, `part` as in attn.q_proj."""
+        """One projection of x, `part` as in attn.q_proj."""
         weight = self.matrix(f"model.layers.{layer}.{part}.MatMul.weight", f"blk.{layer}.{key}.weight")
         path = f"/model/layers.{layer}/{part.replace('.', '/')}/MatMul"
         return self.node("MatMul", [x, weight], [f"{path}/output_0"], path)

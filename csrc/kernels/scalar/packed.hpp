@@ -5,15 +5,15 @@
 #include <cstdint>
 #include <cstring>
 
+#include "core/fp16.hpp"
 #include "kernels/block.hpp"
-#include "kernels/scalar/half.hpp"
 
 namespace inferos::kernels::scalar {
 
 inline float half_at(const std::byte* values, std::size_t i) noexcept {
   std::uint16_t bits = 0;
   std::memcpy(&bits, values + 2 * i, sizeof bits);
-  return half_to_float(bits);
+  return f16_to_f32(bits);
 }
 
 inline std::int32_t byte_at(const std::byte* codes, std::size_t i) noexcept { return std::to_integer<std::int32_t>(codes[i]); }
