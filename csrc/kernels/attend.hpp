@@ -3,31 +3,34 @@
 // Online softmax (https://arxiv.org/abs/2112.05682): callers keep a Partial per query head and merge partials by log-sum-exp.
 //
 // Every ISA returns the same bits. To make that possible the arithmetic is fixed:
-//   * sums over a dimension run in 16 lanes (lane = index % 16) with fused multiply-adds in index order, then
+//   * sums over a dimension run in 16 lanes (lane = index % 16) with fused multiply-adds in index order, from 0, then
 //     reduce16: lanes (i, i+8), then (i, i+4), (i, i+2), (i, i+1) are added, in that order;
-//   * exp is inferos::kernels' own polynomial (exp.hpp of scalar/), the same operations everywhere;
+//   * exp is the polynomial of exp_constants.hpp, the same operations everywhere; it is exactly 0 below -64;
 //   * quantised products are exact integers.
+// Promised for finite q and finite FP16 blocks (packed blocks are finite by construction). A NaN in K or V of a token makes l or o
+// of the heads that see it NaN; a head whose q is not finite gets unspecified values. Neither reads or writes out of bounds.
 //
 // Decode, one query token. For each block, in list order, for each query head g:
-//   logits, 64 tokens:
+//   [lo, hi) = [begin, end) cut to the visible range; a block with none is skipped (its logits are -inf)
+//   logits, tokens lo..hi-1:
 //     F16   s[t] = scale * sum_d q[d] * K[d][t]            (fma over d ascending, from 0)
 //     K8    w[d] = q[d] * kscale[d]; a = max |w|; W[d] = rint(w[d] * (16256 / a)) (all 0 where a < 2^-100);   bias = reduce16(sum q[d] * kmin[d])
 //           s[t] = fma(float(sum_d W[d] * code[d][t]), (a / 16256) * scale, bias * scale)
 //           (VNNI: W = 128 * hi + lo, both s8; AVX2: 16-bit products. The integer is the same.)
 //     K4    the same with 127 instead of 16256: storage error dominates by 10x
-//   softcap > 0: s = softcap * tanh(s / softcap)
-//   tokens outside [begin, end) or outside the visible range: s = -inf, p = 0
-//   m' = max(m, max s); the block is skipped where m' is -inf; alpha = exp(m - m'); p[t] = exp(s[t] - m')
-//   l = l * alpha + reduce16(sum of p in lanes t % 16, ascending t)
+//   softcap > 0: s = softcap * tanh(s / softcap), tanh(x) = copysign((1 - e) / (1 + e), x) with e = exp(-2 |x|)
+//   all other tokens: s = -inf, p = 0
+//   m' = max(m, max s) + 0; the block is skipped where m' is -inf; alpha = exp(m - m'); p[t] = exp(s[t] - m')
+//   l = fma(l, alpha, reduce16(sum of p in lanes t % 16, ascending t))
 //   values, D channels:
-//     F16   o[d] = fma over t ascending of p[t] * V[t][d], starting from o[d] * alpha
+//     F16   o[d] = fma over t = lo..hi-1 ascending of p[t] * V[t][d], starting from o[d] * alpha
 //     V8    r[t] = p[t] * vscale[t]; b = max r; P[t] = rint(r[t] * (255 / b)) in 0..255 (all 0 where b < 2^-100)
 //           o[d] = fma(float(sum_t P[t] * code[d][t]), b / 255, o[d] * alpha)
 //     V4    the same with the u4 codes, and the bias  c = reduce16(sum_t p[t] * vmin[t])  is added to every channel:
 //           o[d] = fma(float(sum), b / 255, o[d] * alpha) + c
 //   A rotated format (K8V4, INT4) leaves o in the rotated domain: the caller visits those blocks first and rotates o once.
 //
-// Prefill: blocks are expanded once into f32 tiles and multiplied for many rows.
+// Prefill: blocks are expanded once into f32 tiles and multiplied for many rows. A row that sees no token of the tile is left as it is.
 
 #include <cstddef>
 #include <cstdint>
@@ -79,9 +82,11 @@ struct PrefillTile {
 struct Attend {
   Isa isa;
   void (*decode)(const DecodeTask& task) noexcept;
-  // Expands one block into the tiles of PrefillTile; V stays in the block's own domain (rotated for K8V4 and INT4).
+  // Expands one block into the tiles of PrefillTile: minimum + scale * code as one fma (V8: scale * code). Tokens outside
+  // [begin, end) become 0. V stays in the block's own domain (rotated for K8V4 and INT4).
   void (*expand)(Format format, const BlockView& block, std::size_t d, float* k, float* v) noexcept;
-  // s = scale * (q . k) by fma over d ascending; then softcap, mask, m, alpha, p, l as in decode; o by fma over t ascending from o * alpha.
+  // s = scale * (q . k) by fma over d ascending; then softcap, mask, m, alpha, p, l as in decode; o by fma over
+  // t = begin..end-1 ascending from o * alpha, with p = 0 for tokens the row does not see.
   void (*prefill)(const PrefillTile& tile) noexcept;
 };
 

@@ -36,12 +36,14 @@ constexpr bool valid_head_dim(std::size_t d) noexcept {
 }
 constexpr bool v_is_rotated(Format f) noexcept { return f == Format::kK8V4 || f == Format::kInt4; }
 
+// The functions below are static: an ISA file that calls them must not leave a symbol that the linker may choose for everyone.
+
 // Byte offsets of the four parts of a packed record, and its size. Not for F16.
 struct BlockLayout {
   std::size_t k_codes, k_scales, v_codes, v_scales, bytes;
 };
 
-constexpr BlockLayout packed_layout(Format f, std::size_t d) noexcept {
+static constexpr BlockLayout packed_layout(Format f, std::size_t d) noexcept {
   const std::size_t k = f == Format::kInt4 ? kBlockTokens * d / 2 : kBlockTokens * d;
   const std::size_t v = f == Format::kInt8 ? kBlockTokens * d : kBlockTokens * d / 2;
   const std::size_t vs = f == Format::kInt8 ? kBlockTokens * 2 : kBlockTokens * 4;
@@ -49,10 +51,10 @@ constexpr BlockLayout packed_layout(Format f, std::size_t d) noexcept {
   return {0, k, k + ks, k + ks + v, k + ks + v + vs};
 }
 
-constexpr std::size_t f16_block_bytes(std::size_t d, std::size_t capacity_tokens) noexcept {
+static constexpr std::size_t f16_block_bytes(std::size_t d, std::size_t capacity_tokens) noexcept {
   return capacity_tokens * d * 4;
 }
-constexpr std::size_t block_bytes(Format f, std::size_t d) noexcept {
+static constexpr std::size_t block_bytes(Format f, std::size_t d) noexcept {
   return f == Format::kF16 ? f16_block_bytes(d, kBlockTokens) : packed_layout(f, d).bytes;
 }
 

@@ -18,7 +18,7 @@ struct BlockRows {
 void store_f16_token(std::byte* block, std::size_t d, std::size_t capacity, std::size_t token, const float* k,
                      const float* v) noexcept;
 
-// tokens [0, tokens) of a block of any format -> rows; V un-rotated. Rows beyond `tokens` are not written.
+// tokens [0, tokens) of a block of any format -> rows; V un-rotated. Rows beyond `tokens` are unspecified afterwards.
 void block_to_rows(Format format, const std::byte* block, std::size_t d, std::size_t capacity, std::size_t tokens,
                    BlockRows& rows) noexcept;
 

@@ -1,8 +1,8 @@
 #pragma once
 // Quantise and dequantise the parts of a block (block.hpp). Each family is a table of functions per ISA; all ISAs return the same bits.
 //
-// Input rows are x[tokens][D], tokens in 1..64, f32 or fp16. Before anything else NaN becomes 0 and values are clamped to
-// +-65504. A code is the integer nearest to the exact real quotient (ties to even) computed with the STORED scale and minimum,
+// Input rows are x[tokens][D], tokens in 1..64, f32 or fp16. Before anything else NaN becomes 0, -0 becomes +0 and values
+// are clamped to +-65504. A code is the integer nearest to the exact real quotient (ties to even) computed with the STORED scale and minimum,
 // then clamped; evaluate it in double (exact enough: see quantize.cpp of scalar/), and where a faster ISA works in float it
 // falls back to double for every vector that has a quotient within 2^-12 of a tie. So, in float64,
 //     |x - (minimum + scale * code)| <= scale / 2      for every value, subnormal rows included.
@@ -16,7 +16,8 @@
 //     code    = clamp(round(x / scale), -127, 127);  0 where scale == 0
 //   (the smallest fp16 >= y is 2^-24 for any 0 < y <= 2^-24, so 1/scale never overflows a float)
 //
-// Dequantise writes x[64][D] = minimum + scale * code, one fused multiply-add in f32 (the f16 variant then rounds to nearest even).
+// Dequantise writes x[64][D] = minimum + scale * code, one fused multiply-add in f32 (the f16 variant then rounds to nearest even, and
+// saturates: at the very end of the range minimum + scale * code may pass 65504 by half a step).
 // K codes of tokens beyond `tokens` are written as 0; V codes, scales and minima of those tokens are 0.
 
 #include <cstddef>

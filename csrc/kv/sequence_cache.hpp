@@ -13,7 +13,6 @@
 // A step that is never committed is rolled back by dropping FP16 tokens; packing is never undone (it changes no committed token's
 // membership, and the undisturbed run would have packed the same block at the same step).
 
-#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -21,19 +20,10 @@
 #include <vector>
 
 #include "core/arena.hpp"
-#include "kernels/attend.hpp"
 #include "kernels/block.hpp"
+#include "kv/layer_store.hpp"
 
 namespace inferos::kv {
-
-using kernels::BlockView;
-using kernels::Format;
-
-struct LayerShape {
-  std::size_t kv_heads;       // 1..1024
-  std::size_t head_dim;       // multiple of 16 in 16..256
-  std::int32_t local_window;  // -1 = all tokens; else the newest local_window + 1 positions (the query's own included) are visible
-};
 
 struct CacheOptions {
   std::vector<LayerShape> layers;       // 1..4096
@@ -41,18 +31,6 @@ struct CacheOptions {
   std::size_t recent_window = 64;       // 16..512 tokens
   std::size_t sink_tokens = 4;          // 0..64
   std::size_t max_tokens = 1u << 30;    // Error{kShape} beyond it
-};
-
-struct TierBytes {
-  std::array<std::size_t, kernels::kFormats> blocks;  // by Format, all layers and heads
-  std::array<std::size_t, kernels::kFormats> bytes;   // as held in the arena; shared blocks count once per holder
-  std::array<std::size_t, kernels::kFormats> tokens;  // token-heads: valid tokens summed over layers and heads
-  std::size_t shared_bytes;                           // part of `bytes` that a fork shares
-};
-
-// Blocks of one (layer, kv head), by format; the order inside a format is ascending in position.
-struct HeadStreams {
-  std::array<std::vector<BlockView>, kernels::kFormats> by_format;
 };
 
 // Not thread-safe: the caller holds the sequence (registry.hpp's Lease).
@@ -67,10 +45,11 @@ class SequenceCache {
   std::int64_t length() const noexcept;           // committed tokens
   std::int64_t pending() const noexcept;          // tokens of the open step, 0 = none
   std::int64_t kept_from() const noexcept;        // first position that every layer still holds (sliding windows lose the past)
+  std::int64_t rewind_floor() const noexcept;     // shortest length but 0 whose next token still sees all that its layers show it
 
   // For the op: the first call of a step begins it, later layers join. `past` says what the host believes is cached:
   //   past == length()                          a new step; an open one, whole or not, is dropped
-  //   past == length() + pending(), all layers  the open step is committed first (a host that never calls commit)
+  //   past >  length(), all layers appended     the open step is committed first (a host that never calls commit)
   //   past <  length()                          rewind(past) first
   // A layer that already ran in the open step also means a new step. Errors: kSequence (a gap, another past or count than the
   // open step's), kRewind, kBudget (nothing changed), kShape.
@@ -86,15 +65,16 @@ class SequenceCache {
   std::int64_t visible_length(std::size_t layer) const;  // committed, plus pending once this layer has appended
 
   // Forgets positions >= length. A packed block stays packed with fewer valid tokens; the next token opens a new FP16 block.
-  // Error{kRewind} before kept_from() or beyond length(). Drops an open step.
+  // Error{kRewind} before rewind_floor() or beyond length(); 0 is always possible. Drops an open step.
   void rewind(std::int64_t length);
   void clear();
   // A second sequence with the same tokens: packed blocks are shared, FP16 blocks copied. Drops no step: Error{kSequence} while one is open.
   std::unique_ptr<SequenceCache> fork() const;
   // One-way: the block at `index` of the grid of (layer, head) to a narrower format (INT8 -> K8V4 -> INT4, F16 -> any).
-  // Returns false, and changes nothing, where it is not narrower, is in the window, or is a sink.
+  // Returns false, and changes nothing, where it is not narrower, is in the window, or is not held any more.
+  // Error{kSequence} while a step is open, Error{kShape} for an index that is none, Error{kBudget}: nothing is changed.
   bool demote(std::size_t layer, std::size_t head, std::size_t index, Format format);
-  std::size_t grid_blocks() const noexcept;
+  std::size_t grid_blocks(std::size_t layer) const;
 
   // One committed token back, dequantised, un-rotated: k[head_dim], v[head_dim]. Error{kShape}.
   void read(std::size_t layer, std::size_t head, std::int64_t position, float* k, float* v, Format* format) const;

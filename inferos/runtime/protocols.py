@@ -49,7 +49,8 @@ class DecoderSession(Protocol):
     """A decoder model that keeps its KV caches."""
 
     @property
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        """Tokens the model knows: the length of a row of logits."""
 
     @property
     def context_length(self) -> int:

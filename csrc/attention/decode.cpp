@@ -1,0 +1,227 @@
+// One query token per row: (row x kv head x context span) tasks over the blocks of a head, merged by log-sum-exp.
+
+#include <algorithm>
+#include <atomic>
+#include <vector>
+
+#include "attention/plan.hpp"
+#include "kernels/hadamard.hpp"
+#include "kernels/scalar/exp.hpp"
+
+namespace inferos::attention {
+namespace {
+
+using kernels::BlockView;
+using kernels::kBlockTokens;
+using kernels::scalar::exp_nonpositive;
+
+// A row is cut into about this many spans, none below kSpanBlocks. Constants, and not the number of threads or rows, so that
+// neither changes a bit of the result.
+constexpr std::size_t kSpansPerRow = 32;
+constexpr std::size_t kSpanBlocks = 16;
+constexpr std::size_t kMassQueries = 64;  // the newest queries of a prefill that count for the mass
+
+struct Job {  // one kv head of one row
+  const float* q;
+  float* out;
+  kernels::Visible visible;
+  std::array<std::span<const BlockView>, kVisitOrder.size()> lists;  // in visit order
+  std::size_t blocks;
+  std::size_t spans;
+  float* partials;     // [spans][partial_floats]
+  float* logits;       // nullptr, or [blocks][group][64]
+  float* mass;         // nullptr, or [length]
+  std::int32_t length;
+  float mass_weight;
+};
+
+struct Partial {
+  float* o;  // [group][d]
+  float* m;  // [group]
+  float* l;  // [group]
+};
+
+// Whole cache lines, so that two threads never write to one.
+std::size_t partial_floats(const Shape& shape) noexcept { return (shape.group * (shape.d + 2) + 15) / 16 * 16; }
+
+Partial partial_at(const Job& job, const Shape& shape, std::size_t span) noexcept {
+  float* base = job.partials + span * partial_floats(shape);
+  float* const m = base + shape.group * shape.d;
+  return {base, m, m + shape.group};
+}
+
+Job plan_job(const RowPlan& row, const Shape& shape, std::size_t head, std::size_t token) {
+  const std::size_t offset = (token * shape.heads + head * shape.group) * shape.d;
+  Job job{};
+  job.q = row.q + offset;
+  job.out = row.out + offset;
+  job.visible = visible_at(row.position(token), shape.local_window);
+  for (std::size_t i = 0; i < kVisitOrder.size(); ++i) {
+    const auto& list = row.streams[head].by_format[static_cast<std::size_t>(kVisitOrder[i])];
+    job.lists[i] = blocks_within(list, job.visible);
+    job.blocks += job.lists[i].size();
+  }
+  job.spans = std::clamp<std::size_t>(std::min(kSpansPerRow / shape.kv_heads, job.blocks / kSpanBlocks), 1, kSpansPerRow);
+  job.length = row.length;
+  return job;
+}
+
+void run_span(const Job& job, const Shape& shape, std::size_t span) noexcept {
+  const std::size_t first = job.blocks * span / job.spans;
+  const std::size_t last = job.blocks * (span + 1) / job.spans;
+  const Partial partial = partial_at(job, shape, span);
+  std::fill_n(partial.o, shape.group * shape.d, 0.0F);
+  std::fill_n(partial.m, shape.group, -std::numeric_limits<float>::infinity());
+  std::fill_n(partial.l, shape.group, 0.0F);
+
+  bool rotated = false;
+  std::size_t list_begin = 0;
+  for (std::size_t i = 0; i < kVisitOrder.size(); ++i) {
+    const std::size_t list_end = list_begin + job.lists[i].size();
+    const std::size_t from = std::max(first, list_begin);
+    const std::size_t to = std::min(last, list_end);
+    if (rotated && !kernels::v_is_rotated(kVisitOrder[i])) {
+      kernels::hadamard().rotate(partial.o, shape.group, shape.d);
+      rotated = false;
+    }
+    if (from < to) {
+      const kernels::DecodeTask task{job.q, shape.group, shape.d, shape.scale, shape.softcap, job.visible, kVisitOrder[i],
+                                     job.lists[i].data() + (from - list_begin), to - from, partial.o, partial.m, partial.l,
+                                     job.logits == nullptr ? nullptr : job.logits + from * shape.group * kBlockTokens};
+      kernels::attend().decode(task);
+      rotated = kernels::v_is_rotated(kVisitOrder[i]);
+    }
+    list_begin = list_end;
+  }
+}
+
+void add_mass(const Job& job, const Shape& shape, const float* top, const float* total) noexcept {
+  const float* logits = job.logits;
+  for (const auto& list : job.lists) {
+    for (const BlockView& block : list) {
+      for (std::size_t t = block.begin; t < block.end; ++t) {
+        float sum = 0.0F;
+        for (std::size_t g = 0; g < shape.group; ++g) {
+          if (total[g] != 0.0F) sum += exp_nonpositive(logits[g * kBlockTokens + t] - top[g]) / total[g];
+        }
+        job.mass[static_cast<std::size_t>(block.start) + t] += sum / static_cast<float>(shape.group) * job.mass_weight;
+      }
+      logits += shape.group * kBlockTokens;
+    }
+  }
+}
+
+// Spans in ascending order into job.out. The first span's m and l become the merged maximum and sum.
+void merge_spans(const Job& job, const Shape& shape) noexcept {
+  const Partial merged = partial_at(job, shape, 0);
+  for (std::size_t g = 0; g < shape.group; ++g) {
+    float top = merged.m[g];
+    for (std::size_t s = 1; s < job.spans; ++s) top = std::max(top, partial_at(job, shape, s).m[g]);
+    float total = 0.0F;
+    float* const out = job.out + g * shape.d;
+    std::fill_n(out, shape.d, 0.0F);
+    for (std::size_t s = 0; s < job.spans; ++s) {
+      const Partial part = partial_at(job, shape, s);
+      if (part.l[g] == 0.0F) continue;
+      const float weight = exp_nonpositive(part.m[g] - top);
+      total += part.l[g] * weight;
+      for (std::size_t c = 0; c < shape.d; ++c) out[c] += part.o[g * shape.d + c] * weight;
+    }
+    finish_head(job.q + g * shape.d, out, total, shape.d);
+    merged.m[g] = top;
+    merged.l[g] = total;
+  }
+  if (job.mass != nullptr) add_mass(job, shape, merged.m, merged.l);
+}
+
+struct Call {
+  const Shape& shape;
+  std::vector<Job> jobs;
+  std::vector<std::pair<std::size_t, std::size_t>> tasks;  // job, span
+  std::vector<std::atomic<std::size_t>> unfinished;        // spans, by job
+
+  // The task that ends a job's last span merges it: no second pass over the pool.
+  static void run(void* context, std::size_t i) noexcept {
+    auto& call = *static_cast<Call*>(context);
+    const auto [j, span] = call.tasks[i];
+    run_span(call.jobs[j], call.shape, span);
+    if (call.unfinished[j].fetch_sub(1, std::memory_order_acq_rel) == 1) merge_spans(call.jobs[j], call.shape);
+  }
+};
+
+}  // namespace
+
+void decode_rows(std::span<const RowPlan> rows, const Shape& shape, Executor& executor) {
+  std::vector<Job> jobs;
+  std::vector<std::pair<std::size_t, std::size_t>> tasks;
+  std::size_t logit_floats = 0;
+  for (const RowPlan& row : rows) {
+    if (row.mass != nullptr) std::fill_n(row.mass, shape.kv_heads * static_cast<std::size_t>(row.length), 0.0F);
+    for (std::size_t head = 0; head < shape.kv_heads; ++head) {
+      Job job = plan_job(row, shape, head, 0);
+      if (row.mass != nullptr) {
+        job.mass = row.mass + head * static_cast<std::size_t>(row.length);
+        job.mass_weight = 1.0F;
+        logit_floats += job.blocks * shape.group * kBlockTokens;
+      }
+      for (std::size_t span = 0; span < job.spans; ++span) tasks.emplace_back(jobs.size(), span);
+      jobs.push_back(job);
+    }
+  }
+  std::vector<float> partials(tasks.size() * partial_floats(shape));
+  std::vector<float> logits(logit_floats);
+  Call call{shape, std::move(jobs), std::move(tasks), std::vector<std::atomic<std::size_t>>(rows.size() * shape.kv_heads)};
+  float* next_partial = partials.data();
+  float* next_logits = logits.data();
+  for (std::size_t j = 0; j < call.jobs.size(); ++j) {
+    Job& job = call.jobs[j];
+    job.partials = next_partial;
+    next_partial += job.spans * partial_floats(shape);
+    if (job.mass != nullptr) {
+      job.logits = next_logits;
+      next_logits += job.blocks * shape.group * kBlockTokens;
+    }
+    call.unfinished[j].store(job.spans, std::memory_order_relaxed);
+  }
+  executor.parallel_for(call.tasks.size(), &Call::run, &call);
+}
+
+void add_prefill_mass(std::span<const RowPlan> rows, const Shape& shape, Executor& executor) {
+  struct MassCall {
+    const Shape& shape;
+    std::span<const RowPlan> rows;
+    std::vector<std::vector<float>> scratch;  // by (row, kv head): output, partial and logits of one query
+  };
+  MassCall call{shape, rows, {}};
+  const std::size_t own = partial_floats(shape) + shape.group * shape.d;
+  for (const RowPlan& row : rows) {
+    for (std::size_t head = 0; head < shape.kv_heads; ++head) {
+      std::size_t blocks = 0;
+      for (const auto& list : row.streams[head].by_format) blocks += list.size();
+      call.scratch.emplace_back(row.mass == nullptr ? 0 : own + blocks * shape.group * kBlockTokens);
+    }
+  }
+  const auto task = [](void* context, std::size_t i) noexcept {
+    auto& c = *static_cast<MassCall*>(context);
+    const RowPlan& row = c.rows[i / c.shape.kv_heads];
+    if (row.mass == nullptr) return;
+    const std::size_t head = i % c.shape.kv_heads;
+    const std::size_t queries = std::min(row.tokens, kMassQueries);
+    float* const mass = row.mass + head * static_cast<std::size_t>(row.length);
+    std::fill_n(mass, row.length, 0.0F);
+    for (std::size_t token = row.tokens - queries; token < row.tokens; ++token) {
+      Job job = plan_job(row, c.shape, head, token);
+      job.spans = 1;
+      job.partials = c.scratch[i].data();
+      job.out = job.partials + partial_floats(c.shape);
+      job.logits = job.out + c.shape.group * c.shape.d;
+      job.mass = mass;
+      job.mass_weight = 1.0F / static_cast<float>(queries);
+      run_span(job, c.shape, 0);
+      merge_spans(job, c.shape);
+    }
+  };
+  executor.parallel_for(rows.size() * shape.kv_heads, task, &call);
+}
+
+}  // namespace inferos::attention

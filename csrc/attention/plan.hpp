@@ -1,0 +1,60 @@
+#pragma once
+// What decode.cpp and prefill.cpp share: one row of the batch, ready to compute.
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+#include "attention/attention.hpp"
+#include "core/executor.hpp"
+#include "kernels/attend.hpp"
+#include "kv/sequence_cache.hpp"
+
+namespace inferos::attention {
+
+// Rotated formats come first, so that o is rotated back once, before the others add to it.
+inline constexpr std::array kVisitOrder{kernels::Format::kK8V4, kernels::Format::kInt4, kernels::Format::kInt8,
+                                        kernels::Format::kF16};
+
+struct Shape {
+  std::size_t heads;
+  std::size_t kv_heads;
+  std::size_t group;  // query heads per kv head
+  std::size_t d;
+  float scale;
+  float softcap;
+  std::int32_t local_window;
+};
+
+struct RowPlan {
+  std::span<const kv::HeadStreams> streams;  // by kv head
+  const float* q;                            // [tokens][heads][d]
+  float* out;                                // [tokens][heads][d]
+  std::size_t tokens;
+  std::int32_t length;                       // visible positions: the newest is length - 1
+  float* mass;                               // nullptr, or [kv_heads][length]
+
+  std::int32_t position(std::size_t token) const noexcept {
+    return length - static_cast<std::int32_t>(tokens - token);
+  }
+};
+
+inline kernels::Visible visible_at(std::int32_t position, std::int32_t local_window) noexcept {
+  const bool all = local_window < 0 || local_window > position;
+  return {all ? 0 : position - local_window, position};
+}
+
+// The part of an ascending list that holds a token within the range.
+std::span<const kernels::BlockView> blocks_within(std::span<const kernels::BlockView> blocks, kernels::Visible range) noexcept;
+
+// One query head's result from its sums: o / l, zeros where it saw nothing, NaN where q is not finite.
+void finish_head(const float* q, float* o, float l, std::size_t d) noexcept;
+
+// Every row has one token.
+void decode_rows(std::span<const RowPlan> rows, const Shape& shape, Executor& executor);
+void prefill_rows(std::span<const RowPlan> rows, const Shape& shape, Executor& executor);
+// Mean probability over the last min(tokens, 64) queries of each row that asks for it.
+void add_prefill_mass(std::span<const RowPlan> rows, const Shape& shape, Executor& executor);
+
+}  // namespace inferos::attention

@@ -1,0 +1,151 @@
+// _core.kernels: the attention kernels of every ISA, for tests and hosts that keep their own blocks.
+
+#include <limits>
+#include <optional>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "bindings/bindings.hpp"
+#include "core/error.hpp"
+#include "kernels/attend.hpp"
+
+namespace inferos::bindings {
+namespace {
+
+using kernels::Attend;
+using kernels::BlockView;
+using kernels::Format;
+using kernels::kBlockTokens;
+
+using Floats = py::array_t<float, py::array::c_style>;
+using Bytes = py::array_t<std::uint8_t, py::array::c_style>;
+using Ranges = py::array_t<std::int32_t, py::array::c_style>;
+using BlockTuple = std::tuple<Bytes, std::int32_t, int, int, int>;  // record, start, begin, end, capacity
+
+[[noreturn]] void refuse(const std::string& what) { throw Error(ErrorCode::kShape, what); }
+
+template <class Sizes>
+std::string joined(const Sizes& sizes) {
+  std::ostringstream text;
+  for (const auto size : sizes) text << (text.tellp() == 0 ? "" : ", ") << size;
+  return text.str();
+}
+
+void expect(const py::array& array, const char* name, const std::vector<std::size_t>& shape) {
+  const std::vector<std::size_t> got(array.shape(), array.shape() + array.ndim());
+  if (got != shape) refuse(std::string(name) + ": shape (" + joined(got) + "), wanted (" + joined(shape) + ")");
+}
+
+Format checked_format(int format) {
+  if (format < 0 || format >= static_cast<int>(kernels::kFormats)) {
+    refuse("format: " + std::to_string(format) + " is not within 0..3");
+  }
+  return static_cast<Format>(format);
+}
+
+std::size_t rows_of(const Floats& q, const char* name) {
+  if (q.ndim() != 2 || q.shape(0) == 0) refuse(std::string(name) + ": wanted a non-empty array of 2 dimensions");
+  const auto d = static_cast<std::size_t>(q.shape(1));
+  if (!kernels::valid_head_dim(d)) refuse("head_dim: " + std::to_string(d) + " is not a multiple of 16 within 16..256");
+  return static_cast<std::size_t>(q.shape(0));
+}
+
+BlockView view(Format format, const BlockTuple& block, std::size_t d) {
+  const auto& [record, start, begin, end, capacity] = block;
+  const bool f16 = format == Format::kF16;
+  if (f16 ? capacity < 16 || capacity > 64 || capacity % 16 != 0 : capacity != 64) {
+    refuse("block capacity: " + std::to_string(capacity));
+  }
+  if (begin < 0 || begin > end || end > capacity) {
+    refuse("block tokens: " + std::to_string(begin) + ".." + std::to_string(end) + " of " + std::to_string(capacity));
+  }
+  if (start < 0 || start > std::numeric_limits<std::int32_t>::max() - 64) refuse("block start: " + std::to_string(start));
+  const std::size_t bytes =
+      f16 ? kernels::f16_block_bytes(d, static_cast<std::size_t>(capacity)) : kernels::block_bytes(format, d);
+  expect(record, "block", {bytes});
+  return {reinterpret_cast<const std::byte*>(record.data()), start, static_cast<std::uint16_t>(begin),
+          static_cast<std::uint16_t>(end), static_cast<std::uint16_t>(capacity)};
+}
+
+void decode(const Attend& kernel, const Floats& q, int format, const std::vector<BlockTuple>& blocks,
+            std::pair<std::int32_t, std::int32_t> visible, float scale, float softcap, Floats& o, Floats& m, Floats& l,
+            std::optional<Floats> logits) {
+  const std::size_t group = rows_of(q, "q");
+  const auto d = static_cast<std::size_t>(q.shape(1));
+  expect(o, "o", {group, d});
+  expect(m, "m", {group});
+  expect(l, "l", {group});
+  if (logits) expect(*logits, "logits", {blocks.size(), group, kBlockTokens});
+  std::vector<BlockView> views;
+  for (const BlockTuple& block : blocks) views.push_back(view(checked_format(format), block, d));
+  const kernels::DecodeTask task{q.data(),     group,        d,
+                                 scale,        softcap,      {visible.first, visible.second},
+                                 checked_format(format), views.data(), views.size(),
+                                 o.mutable_data(), m.mutable_data(), l.mutable_data(),
+                                 logits ? logits->mutable_data() : nullptr};
+  const py::gil_scoped_release unlocked;
+  kernel.decode(task);
+}
+
+std::pair<Floats, Floats> expand(const Attend& kernel, int format, const BlockTuple& block, std::size_t d) {
+  if (!kernels::valid_head_dim(d)) refuse("head_dim: " + std::to_string(d) + " is not a multiple of 16 within 16..256");
+  const BlockView seen = view(checked_format(format), block, d);
+  Floats k({kBlockTokens / 16, d, std::size_t{16}});
+  Floats v({kBlockTokens, d});
+  float* const k_data = k.mutable_data();
+  float* const v_data = v.mutable_data();
+  {
+    const py::gil_scoped_release unlocked;
+    kernel.expand(static_cast<Format>(format), seen, d, k_data, v_data);
+  }
+  return {k, v};
+}
+
+void prefill(const Attend& kernel, const Floats& q, const Floats& k, const Floats& v, std::int32_t start, int begin, int end,
+             const Ranges& visible, float scale, float softcap, Floats& o, Floats& m, Floats& l) {
+  const std::size_t rows = rows_of(q, "q");
+  const auto d = static_cast<std::size_t>(q.shape(1));
+  expect(k, "k", {kBlockTokens / 16, d, 16});
+  expect(v, "v", {kBlockTokens, d});
+  expect(visible, "visible", {rows, 2});
+  expect(o, "o", {rows, d});
+  expect(m, "m", {rows});
+  expect(l, "l", {rows});
+  if (begin < 0 || begin > end || end > static_cast<int>(kBlockTokens)) refuse("prefill: begin and end must be within 0..64");
+  std::vector<kernels::Visible> ranges(rows);
+  for (std::size_t i = 0; i < rows; ++i) ranges[i] = {visible.data()[2 * i], visible.data()[2 * i + 1]};
+  const kernels::PrefillTile tile{q.data(),       rows,
+                                  d,              scale,
+                                  softcap,        k.data(),
+                                  v.data(),       start,
+                                  static_cast<std::uint16_t>(begin), static_cast<std::uint16_t>(end),
+                                  ranges.data(),  o.mutable_data(),
+                                  m.mutable_data(), l.mutable_data()};
+  const py::gil_scoped_release unlocked;
+  kernel.prefill(tile);
+}
+
+}  // namespace
+
+void add_attend(py::module_& m) {
+  py::class_<Attend>(m, "Attend", "Attention kernels of one ISA; csrc/kernels/attend.hpp fixes what they compute.")
+      .def_property_readonly("isa", [](const Attend& kernel) { return isa_name(kernel.isa); })
+      .def("decode", &decode, py::arg("q").noconvert(), py::arg("format"), py::arg("blocks").noconvert(), py::arg("visible"),
+           py::arg("scale"), py::arg("softcap"), py::arg("o").noconvert(), py::arg("m").noconvert(),
+           py::arg("l").noconvert(), py::arg("logits").noconvert() = py::none(),
+           "One query token over blocks of one format; o, m and l are read and updated.")
+      .def("expand", &expand, py::arg("format"), py::arg("block").noconvert(), py::arg("head_dim"),
+           "One block as f32 tiles: k (4, head_dim, 16), v (64, head_dim).")
+      .def("prefill", &prefill, py::arg("q").noconvert(), py::arg("k").noconvert(), py::arg("v").noconvert(),
+           py::arg("start"), py::arg("begin"), py::arg("end"), py::arg("visible").noconvert(), py::arg("scale"),
+           py::arg("softcap"), py::arg("o").noconvert(), py::arg("m").noconvert(), py::arg("l").noconvert(),
+           "Many query rows over one expanded block; o, m and l are read and updated.");
+  m.def("attend_runnable", [] {
+    py::list all;
+    for (const Attend& kernel : kernels::attend_runnable()) all.append(py::cast(&kernel, py::return_value_policy::reference));
+    return all;
+  }, "Attention kernels this CPU can run, scalar first.");
+}
+
+}  // namespace inferos::bindings

@@ -1,0 +1,296 @@
+// _core.kernels: every kernel of every ISA on numpy arrays. Validate, view, unlock, call.
+
+#include <algorithm>
+#include <array>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include <pybind11/stl.h>
+
+#include "bindings/bindings.hpp"
+#include "core/checked.hpp"
+#include "core/cpu.hpp"
+#include "core/error.hpp"
+#include "kernels/codec.hpp"
+#include "kernels/hadamard.hpp"
+#include "kernels/quantize.hpp"
+
+namespace inferos::bindings {
+namespace {
+
+using kernels::BlockRows;
+using kernels::Format;
+using kernels::kBlockTokens;
+using kernels::QuantizeOf;
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;
+using Shape = std::vector<py::ssize_t>;
+
+constexpr std::array<std::string_view, kernels::kFormats> kFormatNames{"f16", "int8", "k8v4", "int4"};
+
+// The table called `isa`; "" is the active one.
+template <class Table>
+const Table& table_of(std::span<const Table> runnable, const Table& active, std::string_view isa) {
+  if (isa.empty()) return active;
+  std::string known;
+  for (const Table& table : runnable) {
+    if (isa_name(table.isa) == isa) return table;
+    if (!known.empty()) known += ", ";
+    known += isa_name(table.isa);
+  }
+  throw Error(ErrorCode::kConfig, "isa: '" + std::string(isa) + "' cannot run here; this CPU runs " + known);
+}
+
+std::string text(const py::array& array) {
+  std::string out = "(";
+  for (py::ssize_t i = 0; i < array.ndim(); ++i) {
+    if (i > 0) out += ", ";
+    out += std::to_string(array.shape(i));
+  }
+  return out + (array.ndim() == 1 ? ",)" : ")");
+}
+
+void require_shape(const char* function, const char* name, const py::array& array, const Shape& wanted) {
+  if (std::equal(wanted.begin(), wanted.end(), array.shape(), array.shape() + array.ndim())) return;
+  std::string expected;
+  for (const py::ssize_t n : wanted) {
+    if (!expected.empty()) expected += ", ";
+    expected += std::to_string(n);
+  }
+  throw Error(ErrorCode::kShape, std::string(function) + ": " + name + " has shape " + text(array) + ", wanted (" + expected + ")");
+}
+
+std::size_t require_head_dim(const char* function, std::int64_t d) {
+  if (d >= 0 && kernels::valid_head_dim(static_cast<std::size_t>(d))) return static_cast<std::size_t>(d);
+  throw Error(ErrorCode::kShape,
+              std::string(function) + ": head_dim is " + std::to_string(d) + ", wanted a multiple of 16 within 16..256");
+}
+
+struct RowsShape {
+  std::size_t tokens, d;
+};
+
+RowsShape require_rows(const char* function, const char* name, const py::array& x) {
+  if (x.ndim() != 2 || x.shape(0) < 1 || x.shape(0) > static_cast<py::ssize_t>(kBlockTokens)) {
+    throw Error(ErrorCode::kShape, std::string(function) + ": " + name + " has shape " + text(x) + ", wanted (1..64, head_dim)");
+  }
+  return {static_cast<std::size_t>(x.shape(0)), require_head_dim(function, x.shape(1))};
+}
+
+// One part of a packed block: its function names, and its arrays' shapes by block.hpp.
+struct Part {
+  const char* quantize;
+  const char* dequantize;
+  bool keys;
+  int bits;
+
+  Shape codes(std::size_t d) const {
+    const auto n = static_cast<py::ssize_t>(d);
+    if (keys) return {2, bits == 8 ? n / 4 : n / 8, 32, 4};
+    return {n / 16, bits == 8 ? 16 : 8, 16, 4};
+  }
+  Shape scales(std::size_t d) const {
+    if (keys) return {2, static_cast<py::ssize_t>(d)};
+    return {bits == 8 ? 1 : 2, static_cast<py::ssize_t>(kBlockTokens)};
+  }
+  // The inverse of codes(): how many channels an array of codes has.
+  std::int64_t head_dim(const py::array& array) const {
+    if (array.ndim() != 4) return 0;
+    return keys ? array.shape(1) * (bits == 8 ? 4 : 8) : array.shape(0) * 16;
+  }
+};
+
+constexpr Part kK8{"quantize_k8", "dequantize_k8", true, 8};
+constexpr Part kK4{"quantize_k4", "dequantize_k4", true, 4};
+constexpr Part kV8{"quantize_v8", "dequantize_v8", false, 8};
+constexpr Part kV4{"quantize_v4", "dequantize_v4", false, 4};
+
+template <class T>
+const QuantizeOf<T>& family(std::string_view isa) {
+  const kernels::Quantize& table = table_of(kernels::quantize_runnable(), kernels::quantize(), isa);
+  if constexpr (std::is_same_v<T, float>) {
+    return table.f32;
+  } else {
+    return table.f16;
+  }
+}
+
+template <class T, class Code>
+using QuantizeMember = void (*QuantizeOf<T>::*)(const T*, std::size_t, std::size_t, Code*, std::uint16_t*) noexcept;
+template <class T, class Code>
+using DequantizeMember = void (*QuantizeOf<T>::*)(const Code*, const std::uint16_t*, std::size_t, T*) noexcept;
+
+template <class T, class Code>
+py::tuple quantize_part(const Part& part, QuantizeMember<T, Code> member, const Array<T>& x, const std::string& isa) {
+  const RowsShape rows = require_rows(part.quantize, "x", x);
+  const auto run = family<T>(isa).*member;
+  Array<Code> codes(part.codes(rows.d));
+  Array<std::uint16_t> scales(part.scales(rows.d));
+  const T* from = x.data();
+  Code* to = codes.mutable_data();
+  std::uint16_t* to_scales = scales.mutable_data();
+  {
+    const py::gil_scoped_release unlocked;
+    run(from, rows.tokens, rows.d, to, to_scales);
+  }
+  return py::make_tuple(std::move(codes), std::move(scales));
+}
+
+template <class T, class Code>
+Array<T> dequantize_part(const Part& part, DequantizeMember<T, Code> member, const Array<Code>& codes,
+                         const Array<std::uint16_t>& scales, const std::string& isa) {
+  const std::size_t d = require_head_dim(part.dequantize, part.head_dim(codes));
+  require_shape(part.dequantize, "codes", codes, part.codes(d));
+  require_shape(part.dequantize, "scales", scales, part.scales(d));
+  const auto run = family<T>(isa).*member;
+  Array<T> x({kBlockTokens, d});
+  const Code* from = codes.data();
+  const std::uint16_t* from_scales = scales.data();
+  T* to = x.mutable_data();
+  const py::gil_scoped_release unlocked;
+  run(from, from_scales, d, to);
+  return x;
+}
+
+template <class Code>
+void add_part(py::module_& m, const Part& part, QuantizeMember<float, Code> f32, QuantizeMember<std::uint16_t, Code> f16,
+              DequantizeMember<float, Code> un_f32, DequantizeMember<std::uint16_t, Code> un_f16) {
+  m.def(
+      part.quantize,
+      [&part, f32](const Array<float>& x, const std::string& isa) { return quantize_part(part, f32, x, isa); },
+      py::arg("x").noconvert(), py::arg("isa") = "", "(tokens, head_dim) float32 -> codes in block order, fp16 bits of scales (and minima)");
+  m.def(
+      part.quantize,
+      [&part, f16](const Array<std::uint16_t>& x, const std::string& isa) { return quantize_part(part, f16, x, isa); },
+      py::arg("x").noconvert(), py::arg("isa") = "", "The same from fp16 bits in uint16");
+  m.def(
+      part.dequantize,
+      [&part, un_f32, un_f16](const Array<Code>& codes, const Array<std::uint16_t>& scales, bool half, const std::string& isa) -> py::array {
+        if (half) return dequantize_part(part, un_f16, codes, scales, isa);
+        return dequantize_part(part, un_f32, codes, scales, isa);
+      },
+      py::arg("codes").noconvert(), py::arg("scales").noconvert(), py::arg("half") = false, py::arg("isa") = "",
+      "(64, head_dim) float32, or fp16 bits in uint16 where half");
+}
+
+template <class From, class To>
+Array<To> convert_all(const Array<From>& x, void (*run)(const From*, std::size_t, To*) noexcept) {
+  Array<To> y(Shape(x.shape(), x.shape() + x.ndim()));
+  const From* from = x.data();
+  To* to = y.mutable_data();
+  const auto n = static_cast<std::size_t>(x.size());
+  const py::gil_scoped_release unlocked;
+  run(from, n, to);
+  return y;
+}
+
+Array<std::uint16_t> f32_to_f16(const Array<float>& x, bool saturate, const std::string& isa) {
+  const kernels::Convert& table = table_of(kernels::convert_runnable(), kernels::convert(), isa);
+  return convert_all(x, saturate ? table.f32_to_f16_saturate : table.f32_to_f16);
+}
+
+Array<float> f16_to_f32(const Array<std::uint16_t>& x, const std::string& isa) {
+  return convert_all(x, table_of(kernels::convert_runnable(), kernels::convert(), isa).f16_to_f32);
+}
+
+Array<float> rotate(const Array<float>& x, const std::string& isa) {
+  if (x.ndim() != 2) throw Error(ErrorCode::kShape, "rotate: x has shape " + text(x) + ", wanted (rows, head_dim)");
+  const std::size_t d = require_head_dim("rotate", x.shape(1));
+  const auto run = table_of(kernels::hadamard_runnable(), kernels::hadamard(), isa).rotate;
+  Array<float> y({x.shape(0), x.shape(1)});
+  const auto rows = static_cast<std::size_t>(x.shape(0));
+  const float* from = x.data();
+  float* to = y.mutable_data();
+  const py::gil_scoped_release unlocked;
+  std::copy_n(from, rows * d, to);
+  run(to, rows, d);
+  return y;
+}
+
+Format format_named(std::string_view name) {
+  const auto found = std::find(kFormatNames.begin(), kFormatNames.end(), name);
+  if (found != kFormatNames.end()) return static_cast<Format>(found - kFormatNames.begin());
+  throw Error(ErrorCode::kConfig, "format: '" + std::string(name) + "' is not one of f16, int8, k8v4, int4");
+}
+
+void pack(Format format, const float* k, const float* v, RowsShape rows, std::byte* block) {
+  if (format == Format::kF16) {
+    std::fill_n(block, kernels::block_bytes(format, rows.d), std::byte{0});
+    for (std::size_t t = 0; t < rows.tokens; ++t) {
+      kernels::store_f16_token(block, rows.d, kBlockTokens, t, k + t * rows.d, v + t * rows.d);
+    }
+    return;
+  }
+  const auto scratch = std::make_unique<BlockRows>();
+  std::copy_n(k, rows.tokens * rows.d, scratch->k);
+  std::copy_n(v, rows.tokens * rows.d, scratch->v);
+  kernels::rows_to_block(format, *scratch, rows.tokens, rows.d, block);
+}
+
+Array<std::uint8_t> pack_block(const std::string& format_name, const Array<float>& k, const Array<float>& v) {
+  const Format format = format_named(format_name);
+  const RowsShape rows = require_rows("pack_block", "k", k);
+  require_shape("pack_block", "v", v, {k.shape(0), k.shape(1)});
+  Array<std::uint8_t> block(static_cast<py::ssize_t>(kernels::block_bytes(format, rows.d)));
+  const float* from_k = k.data();
+  const float* from_v = v.data();
+  auto* to = reinterpret_cast<std::byte*>(block.mutable_data());
+  const py::gil_scoped_release unlocked;
+  pack(format, from_k, from_v, rows, to);
+  return block;
+}
+
+py::tuple unpack_block(const std::string& format_name, const Array<std::uint8_t>& block, std::int64_t head_dim, std::int64_t tokens) {
+  const Format format = format_named(format_name);
+  const std::size_t d = require_head_dim("unpack_block", head_dim);
+  const std::size_t n = checked_range(tokens, 1, kBlockTokens, "unpack_block: tokens");
+  require_shape("unpack_block", "block", block, {static_cast<py::ssize_t>(kernels::block_bytes(format, d))});
+  Array<float> k({n, d});
+  Array<float> v({n, d});
+  const auto* from = reinterpret_cast<const std::byte*>(block.data());
+  float* to_k = k.mutable_data();
+  float* to_v = v.mutable_data();
+  {
+    const py::gil_scoped_release unlocked;
+    const auto scratch = std::make_unique<BlockRows>();
+    kernels::block_to_rows(format, from, d, kBlockTokens, n, *scratch);
+    std::copy_n(scratch->k, n * d, to_k);
+    std::copy_n(scratch->v, n * d, to_v);
+  }
+  return py::make_tuple(std::move(k), std::move(v));
+}
+
+}  // namespace
+
+void add_kernels(py::module_& core) {
+  py::module_ m = core.def_submodule("kernels", "Quantisers, conversions and the rotation of every ISA; \"\" names the active one.");
+  (void)active_isa();  // an INFEROS_ISA that cannot run here is an ImportError, not a surprise in the first kernel
+  m.def("active_isa", [] { return std::string(isa_name(active_isa())); }, "The ISA in use");
+  m.def(
+      "runnable_isas",
+      [] {
+        std::vector<std::string> names;
+        for (const Isa isa : runnable_isas()) names.emplace_back(isa_name(isa));
+        return names;
+      },
+      "ISAs this CPU runs, scalar first, fastest last");
+  using F = QuantizeOf<float>;
+  using H = QuantizeOf<std::uint16_t>;
+  add_part<std::uint8_t>(m, kK8, &F::k8, &H::k8, &F::un_k8, &H::un_k8);
+  add_part<std::uint8_t>(m, kK4, &F::k4, &H::k4, &F::un_k4, &H::un_k4);
+  add_part<std::int8_t>(m, kV8, &F::v8, &H::v8, &F::un_v8, &H::un_v8);
+  add_part<std::uint8_t>(m, kV4, &F::v4, &H::v4, &F::un_v4, &H::un_v4);
+  m.def("f32_to_f16", &f32_to_f16, py::arg("x").noconvert(), py::arg("saturate") = false, py::arg("isa") = "",
+        "float32 -> fp16 bits in uint16, nearest even");
+  m.def("f16_to_f32", &f16_to_f32, py::arg("x").noconvert(), py::arg("isa") = "", "fp16 bits in uint16 -> float32");
+  m.def("rotate", &rotate, py::arg("x").noconvert(), py::arg("isa") = "", "(rows, head_dim) float32, rotated by the Hadamard transform");
+  m.def("pack_block", &pack_block, py::arg("format"), py::arg("k").noconvert(), py::arg("v").noconvert(),
+        "(tokens, head_dim) float32 keys and values -> the bytes of one block");
+  m.def("unpack_block", &unpack_block, py::arg("format"), py::arg("block").noconvert(), py::arg("head_dim"), py::arg("tokens"),
+        "The bytes of one block -> (tokens, head_dim) float32 keys and values");
+}
+
+}  // namespace inferos::bindings

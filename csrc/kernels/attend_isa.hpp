@@ -1,0 +1,52 @@
+#pragma once
+// What attend.cpp finds in each ISA's files, and the few rules all of them share. Functions here are static: an ISA's
+// object must hold no symbol that a linker could choose for everyone.
+
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+
+#include "kernels/attend.hpp"
+#include "kernels/block.hpp"
+
+namespace inferos::kernels {
+
+inline constexpr float kSmallestMaximum = 0x1p-100F;  // below it a vector of weights counts as all zero
+inline constexpr float kWideLevels = 16256.0F;        // 128 * 127: what hi and lo halves can hold
+inline constexpr float kNarrowLevels = 127.0F;
+inline constexpr float kWeightLevels = 255.0F;
+inline constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+
+struct TokenRange {  // tokens [lo, hi) of a block; empty where hi <= lo
+  std::size_t lo;
+  std::size_t hi;
+};
+
+// Widened before subtracting: a caller may say "everything" with the extremes of int32.
+static inline TokenRange visible_tokens(std::int32_t start, std::uint16_t begin, std::uint16_t end, Visible visible) noexcept {
+  const std::int64_t first = std::int64_t{visible.first} - start;
+  const std::int64_t past = std::int64_t{visible.last} + 1 - start;
+  const std::int64_t lo = first > begin ? first : begin;
+  const std::int64_t hi = past < end ? past : end;
+  if (lo >= hi) return {0, 0};
+  return {static_cast<std::size_t>(lo), static_cast<std::size_t>(hi)};
+}
+
+#define INFEROS_DECLARE_ATTEND                                                                                 \
+  void attend_decode(const DecodeTask& task) noexcept;                                                         \
+  void attend_expand(Format format, const BlockView& block, std::size_t d, float* k, float* v) noexcept;       \
+  void attend_prefill(const PrefillTile& tile) noexcept
+
+namespace scalar {
+INFEROS_DECLARE_ATTEND;
+}
+namespace avx2 {
+INFEROS_DECLARE_ATTEND;
+}
+namespace avx512vnni {
+INFEROS_DECLARE_ATTEND;
+}
+
+#undef INFEROS_DECLARE_ATTEND
+
+}  // namespace inferos::kernels

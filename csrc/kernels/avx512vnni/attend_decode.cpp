@@ -1,0 +1,384 @@
+// Decode attention with AVX-512 VNNI.
+//
+// vpdpbusd carries the packed formats: 64 products of u8 and s8 added to 16 integers, no saturation. On Zen 4 it has latency 4 and
+// one per cycle at 512 bits (two 256-bit halves), on Zen 5 and Xeon two per cycle; vfmadd231ps is the same for FP16 blocks.
+// Lanes are tokens for K and channels for V, so a query head costs one broadcast dword per vector pair and never a horizontal
+// sum. Up to four heads share each load: 4 heads x 4 accumulators cover the latency and leave half of the 32 registers for
+// codes and broadcasts. More heads come in further chunks over the same block while it is in L1 or L2.
+// Each cache line of a record prefetches the same line of the record that lies about 16 KiB ahead into L2; hardware does not
+// follow the four streams of a record in order, and hints for L1 were measured slower.
+
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/attend_isa.hpp"
+#include "kernels/avx512vnni/lanes.hpp"
+
+namespace inferos::kernels::avx512vnni {
+namespace {
+
+constexpr std::size_t kT = kBlockTokens;
+constexpr std::size_t kChunk = 4;                  // query heads at a time
+constexpr std::size_t kPrefetchBytes = 16 * 1024;  // measured best of 4..32 KiB
+
+struct Scratch {
+  alignas(64) float s[kChunk][kT];                    // logits, then probabilities
+  alignas(64) float w[kChunk][kMaxHeadDim];           // q * kscale
+  alignas(64) std::int8_t high[kChunk][kMaxHeadDim];  // of W = 128 * high + low; K4 has high only, and it is W
+  alignas(64) std::int8_t low[kChunk][kMaxHeadDim];
+  alignas(64) std::uint8_t weights[kChunk][kT];       // P
+  float factor[kChunk];                               // of the integer sum, and what is added to it: logits
+  float bias[kChunk];
+  float alpha[kChunk];
+  float unit[kChunk];                                 // b / 255
+  float offset[kChunk];                               // c
+};
+
+struct Work {  // one block, one chunk of heads
+  const DecodeTask& task;
+  const BlockView& block;
+  TokenRange range;
+  std::size_t head;       // first of the chunk
+  std::uintptr_t ahead;   // from a byte of this block to the same byte of the block to prefetch; 0 = none
+};
+
+template <std::size_t G, bool kWide>
+void fold_queries(const Work& work, const std::byte* scales, Scratch& x) noexcept {
+  const std::size_t d = work.task.d;
+  const float* q = work.task.q + work.head * d;
+  __m512 largest[G];
+  __m512 bias[G];
+  for (std::size_t g = 0; g < G; ++g) largest[g] = bias[g] = _mm512_setzero_ps();
+  for (std::size_t c = 0; c < d; c += 16) {
+    const __m512 scale = load_half(scales + 2 * c);
+    const __m512 minimum = load_half(scales + 2 * (d + c));
+    for (std::size_t g = 0; g < G; ++g) {
+      const __m512 qv = _mm512_loadu_ps(q + g * d + c);
+      const __m512 w = _mm512_mul_ps(qv, scale);
+      _mm512_store_ps(x.w[g] + c, w);
+      largest[g] = _mm512_max_ps(largest[g], _mm512_abs_ps(w));
+      bias[g] = _mm512_fmadd_ps(qv, minimum, bias[g]);
+    }
+  }
+  constexpr float kLevels = kWide ? kWideLevels : kNarrowLevels;
+  for (std::size_t g = 0; g < G; ++g) {
+    const float a = largest16(largest[g]);
+    x.factor[g] = (a / kLevels) * work.task.scale;
+    x.bias[g] = reduce16(bias[g]) * work.task.scale;
+    const __m512 up = _mm512_set1_ps(a < kSmallestMaximum ? 0.0F : kLevels / a);
+    for (std::size_t c = 0; c < d; c += 16) {
+      const __m512i w = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(x.w[g] + c), up));
+      if constexpr (kWide) {
+        const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(w, _mm512_set1_epi32(64)), 7);
+        const __m512i low = _mm512_sub_epi32(w, _mm512_slli_epi32(high, 7));
+        _mm_store_si128(reinterpret_cast<__m128i*>(x.high[g] + c), _mm512_cvtepi32_epi8(high));
+        _mm_store_si128(reinterpret_cast<__m128i*>(x.low[g] + c), _mm512_cvtepi32_epi8(low));
+      } else {
+        _mm_store_si128(reinterpret_cast<__m128i*>(x.high[g] + c), _mm512_cvtepi32_epi8(w));
+      }
+    }
+  }
+}
+
+void store_logits(__m512i sum, float factor, float bias, float* s) noexcept {
+  _mm512_store_ps(s, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(factor), _mm512_set1_ps(bias)));
+}
+
+// 32 tokens at a time: 4 heads x (high, low) x 2 vectors are 16 sums.
+template <std::size_t G>
+void k8_logits(const Work& work, Scratch& x) noexcept {
+  const std::size_t d = work.task.d;
+  for (std::size_t t = 0; t < kT; t += 32) {
+    const std::byte* codes = work.block.data + t * d;
+    __m512i high[G][2];
+    __m512i low[G][2];
+    for (std::size_t g = 0; g < G; ++g) high[g][0] = high[g][1] = low[g][0] = low[g][1] = _mm512_setzero_si512();
+    for (std::size_t c = 0; c < d; c += 4, codes += 128) {
+      const __m512i k0 = _mm512_loadu_si512(codes);
+      const __m512i k1 = _mm512_loadu_si512(codes + 64);
+      prefetch(codes, work.ahead);
+      prefetch(codes + 64, work.ahead);
+      for (std::size_t g = 0; g < G; ++g) {
+        const __m512i w_high = broadcast4(x.high[g] + c);
+        const __m512i w_low = broadcast4(x.low[g] + c);
+        high[g][0] = _mm512_dpbusd_epi32(high[g][0], k0, w_high);
+        high[g][1] = _mm512_dpbusd_epi32(high[g][1], k1, w_high);
+        low[g][0] = _mm512_dpbusd_epi32(low[g][0], k0, w_low);
+        low[g][1] = _mm512_dpbusd_epi32(low[g][1], k1, w_low);
+      }
+    }
+    for (std::size_t g = 0; g < G; ++g) {
+      for (std::size_t j = 0; j < 2; ++j) {
+        const __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(high[g][j], 7), low[g][j]);
+        store_logits(sum, x.factor[g], x.bias[g], x.s[g] + t + 16 * j);
+      }
+    }
+  }
+}
+
+template <std::size_t G>
+void k4_logits(const Work& work, Scratch& x) noexcept {
+  const std::size_t d = work.task.d;
+  const std::byte* codes = work.block.data;
+  const std::size_t half = 16 * d;  // bytes of 32 tokens
+  const __m512i low_nibbles = _mm512_set1_epi8(15);
+  __m512i sum[G][4];
+  for (std::size_t g = 0; g < G; ++g) {
+    for (std::size_t j = 0; j < 4; ++j) sum[g][j] = _mm512_setzero_si512();
+  }
+  for (std::size_t c = 0; c < d; c += 8, codes += 128) {
+    __m512i first[4];
+    __m512i second[4];
+    for (std::size_t j = 0; j < 4; ++j) {
+      const std::byte* at = codes + j / 2 * half + j % 2 * 64;
+      const __m512i both = _mm512_loadu_si512(at);
+      prefetch(at, work.ahead);
+      first[j] = _mm512_and_si512(both, low_nibbles);
+      second[j] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low_nibbles);
+    }
+    for (std::size_t g = 0; g < G; ++g) {
+      const __m512i w_first = broadcast4(x.high[g] + c);
+      const __m512i w_second = broadcast4(x.high[g] + c + 4);
+      for (std::size_t j = 0; j < 4; ++j) sum[g][j] = _mm512_dpbusd_epi32(sum[g][j], first[j], w_first);
+      for (std::size_t j = 0; j < 4; ++j) sum[g][j] = _mm512_dpbusd_epi32(sum[g][j], second[j], w_second);
+    }
+  }
+  for (std::size_t g = 0; g < G; ++g) {
+    for (std::size_t j = 0; j < 4; ++j) store_logits(sum[g][j], x.factor[g], x.bias[g], x.s[g] + 16 * j);
+  }
+}
+
+// kPanels panels of 16 tokens from `panel` on.
+template <std::size_t G, std::size_t kPanels>
+void f16_panels(const Work& work, std::size_t panel, Scratch& x) noexcept {
+  const std::size_t d = work.task.d;
+  const float* q = work.task.q + work.head * d;
+  const std::byte* keys = work.block.data + panel * 32 * d;
+  __m512 sum[G][kPanels];
+  for (std::size_t g = 0; g < G; ++g) {
+    for (std::size_t j = 0; j < kPanels; ++j) sum[g][j] = _mm512_setzero_ps();
+  }
+  for (std::size_t c = 0; c < d; ++c) {
+    __m512 k[kPanels];
+    for (std::size_t j = 0; j < kPanels; ++j) {
+      const std::byte* at = keys + 32 * (j * d + c);
+      k[j] = load_half(at);
+      if (c % 2 == 0) prefetch(at, work.ahead);
+    }
+    for (std::size_t g = 0; g < G; ++g) {
+      const __m512 qv = _mm512_set1_ps(q[g * d + c]);
+      for (std::size_t j = 0; j < kPanels; ++j) sum[g][j] = _mm512_fmadd_ps(qv, k[j], sum[g][j]);
+    }
+  }
+  const __m512 scale = _mm512_set1_ps(work.task.scale);
+  for (std::size_t g = 0; g < G; ++g) {
+    for (std::size_t j = 0; j < kPanels; ++j) {
+      _mm512_store_ps(x.s[g] + 16 * (panel + j), _mm512_mul_ps(scale, sum[g][j]));
+    }
+  }
+}
+
+template <std::size_t G>
+void f16_logits(const Work& work, Scratch& x) noexcept {
+  const std::size_t first = work.range.lo / 16;
+  const std::size_t past = (work.range.hi + 15) / 16;
+  if (past - first == 4) return f16_panels<G, 4>(work, 0, x);
+  for (std::size_t panel = first; panel < past; ++panel) f16_panels<G, 1>(work, panel, x);
+}
+
+// Probabilities times V's scales as u8 weights; kBias: the sum of p * minimum as well.
+template <bool kBias>
+void weigh(const std::byte* scales, std::size_t g, Scratch& x) noexcept {
+  __m512 r[4];
+  __m512 bias = _mm512_setzero_ps();
+  for (std::size_t i = 0; i < 4; ++i) {
+    const __m512 p = _mm512_load_ps(x.s[g] + 16 * i);
+    r[i] = _mm512_mul_ps(p, load_half(scales + 32 * i));
+    if constexpr (kBias) bias = _mm512_fmadd_ps(p, load_half(scales + 2 * kT + 32 * i), bias);
+  }
+  const float b = largest16(_mm512_max_ps(_mm512_max_ps(r[0], r[1]), _mm512_max_ps(r[2], r[3])));
+  const __m512 up = _mm512_set1_ps(b < kSmallestMaximum ? 0.0F : kWeightLevels / b);
+  for (std::size_t i = 0; i < 4; ++i) {
+    const __m512i weights = _mm512_cvtps_epi32(_mm512_mul_ps(r[i], up));
+    _mm_store_si128(reinterpret_cast<__m128i*>(x.weights[g] + 16 * i), _mm512_cvtepi32_epi8(weights));
+  }
+  x.unit[g] = b / kWeightLevels;
+  if constexpr (kBias) x.offset[g] = reduce16(bias);
+}
+
+template <std::size_t G, std::size_t kVectors>
+void v8_channels(const Work& work, std::size_t channel, const std::byte* codes, Scratch& x) noexcept {
+  __m512i sum[G][kVectors];
+  for (std::size_t g = 0; g < G; ++g) {
+    for (std::size_t j = 0; j < kVectors; ++j) sum[g][j] = _mm512_setzero_si512();
+  }
+  for (std::size_t t = 0; t < kT; t += 4) {
+    __m512i v[kVectors];
+    for (std::size_t j = 0; j < kVectors; ++j) {
+      const std::byte* at = codes + (channel + 16 * j) * kT + 16 * t;
+      v[j] = _mm512_loadu_si512(at);
+      prefetch(at, work.ahead);
+    }
+    for (std::size_t g = 0; g < G; ++g) {
+      const __m512i p = broadcast4(x.weights[g] + t);
+      for (std::size_t j = 0; j < kVectors; ++j) sum[g][j] = _mm512_dpbusd_epi32(sum[g][j], p, v[j]);
+    }
+  }
+  for (std::size_t g = 0; g < G; ++g) {
+    float* o = work.task.o + (work.head + g) * work.task.d + channel;
+    for (std::size_t j = 0; j < kVectors; ++j) {
+      const __m512 old = _mm512_mul_ps(_mm512_loadu_ps(o + 16 * j), _mm512_set1_ps(x.alpha[g]));
+      _mm512_storeu_ps(o + 16 * j, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[g][j]), _mm512_set1_ps(x.unit[g]), old));
+    }
+  }
+}
+
+template <std::size_t G, std::size_t kVectors>
+void v4_channels(const Work& work, std::size_t channel, const std::byte* codes, Scratch& x) noexcept {
+  const __m512i low_nibbles = _mm512_set1_epi8(15);
+  __m512i sum[G][kVectors];
+  for (std::size_t g = 0; g < G; ++g) {
+    for (std::size_t j = 0; j < kVectors; ++j) sum[g][j] = _mm512_setzero_si512();
+  }
+  for (std::size_t t = 0; t < kT; t += 8) {
+    __m512i first[kVectors];
+    __m512i second[kVectors];
+    for (std::size_t j = 0; j < kVectors; ++j) {
+      const std::byte* at = codes + (channel + 16 * j) * (kT / 2) + 8 * t;
+      const __m512i both = _mm512_loadu_si512(at);
+      prefetch(at, work.ahead);
+      first[j] = _mm512_and_si512(both, low_nibbles);
+      second[j] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low_nibbles);
+    }
+    for (std::size_t g = 0; g < G; ++g) {
+      const __m512i p_first = broadcast4(x.weights[g] + t);
+      const __m512i p_second = broadcast4(x.weights[g] + t + 4);
+      for (std::size_t j = 0; j < kVectors; ++j) sum[g][j] = _mm512_dpbusd_epi32(sum[g][j], p_first, first[j]);
+      for (std::size_t j = 0; j < kVectors; ++j) sum[g][j] = _mm512_dpbusd_epi32(sum[g][j], p_second, second[j]);
+    }
+  }
+  for (std::size_t g = 0; g < G; ++g) {
+    float* o = work.task.o + (work.head + g) * work.task.d + channel;
+    for (std::size_t j = 0; j < kVectors; ++j) {
+      const __m512 old = _mm512_mul_ps(_mm512_loadu_ps(o + 16 * j), _mm512_set1_ps(x.alpha[g]));
+      const __m512 now = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[g][j]), _mm512_set1_ps(x.unit[g]), old);
+      _mm512_storeu_ps(o + 16 * j, _mm512_add_ps(now, _mm512_set1_ps(x.offset[g])));
+    }
+  }
+}
+
+template <std::size_t G, std::size_t kVectors>
+void f16_channels(const Work& work, std::size_t channel, const std::byte* values, Scratch& x) noexcept {
+  const std::size_t d = work.task.d;
+  __m512 sum[G][kVectors];
+  for (std::size_t g = 0; g < G; ++g) {
+    const float* o = work.task.o + (work.head + g) * d + channel;
+    for (std::size_t j = 0; j < kVectors; ++j) {
+      sum[g][j] = _mm512_mul_ps(_mm512_loadu_ps(o + 16 * j), _mm512_set1_ps(x.alpha[g]));
+    }
+  }
+  for (std::size_t t = work.range.lo; t < work.range.hi; ++t) {
+    __m512 v[kVectors];
+    for (std::size_t j = 0; j < kVectors; ++j) {
+      const std::byte* at = values + 2 * (t * d + channel + 16 * j);
+      v[j] = load_half(at);
+      if (j % 2 == 0) prefetch(at, work.ahead);
+    }
+    for (std::size_t g = 0; g < G; ++g) {
+      const __m512 p = _mm512_set1_ps(x.s[g][t]);
+      for (std::size_t j = 0; j < kVectors; ++j) sum[g][j] = _mm512_fmadd_ps(p, v[j], sum[g][j]);
+    }
+  }
+  for (std::size_t g = 0; g < G; ++g) {
+    float* o = work.task.o + (work.head + g) * d + channel;
+    for (std::size_t j = 0; j < kVectors; ++j) _mm512_storeu_ps(o + 16 * j, sum[g][j]);
+  }
+}
+
+template <std::size_t G, std::size_t kVectors>
+void channels(const Work& work, std::size_t channel, const std::byte* values, Scratch& x) noexcept {
+  switch (work.task.format) {
+    case Format::kF16: return f16_channels<G, kVectors>(work, channel, values, x);
+    case Format::kInt8: return v8_channels<G, kVectors>(work, channel, values, x);
+    case Format::kK8V4:
+    case Format::kInt4: return v4_channels<G, kVectors>(work, channel, values, x);
+  }
+}
+
+template <std::size_t G>
+void values(const Work& work, const std::byte* at, Scratch& x) noexcept {
+  std::size_t channel = 0;
+  for (; channel + 64 <= work.task.d; channel += 64) channels<G, 4>(work, channel, at, x);
+  switch ((work.task.d - channel) / 16) {
+    case 1: return channels<G, 1>(work, channel, at, x);
+    case 2: return channels<G, 2>(work, channel, at, x);
+    case 3: return channels<G, 3>(work, channel, at, x);
+    default: return;
+  }
+}
+
+template <std::size_t G>
+void run_chunk(const Work& work, float* logits, Scratch& x) noexcept {
+  const DecodeTask& task = work.task;
+  const std::byte* const record = work.block.data;
+  const BlockLayout layout = packed_layout(task.format, task.d);
+  if (task.format == Format::kF16) {
+    f16_logits<G>(work, x);
+  } else if (task.format == Format::kInt4) {
+    fold_queries<G, false>(work, record + layout.k_scales, x);
+    k4_logits<G>(work, x);
+  } else {
+    fold_queries<G, true>(work, record + layout.k_scales, x);
+    k8_logits<G>(work, x);
+  }
+  for (std::size_t g = 0; g < G; ++g) {
+    const std::size_t head = work.head + g;
+    x.alpha[g] = softmax_step(x.s[g], work.range, task.softcap, logits == nullptr ? nullptr : logits + head * kT,
+                              task.m[head], task.l[head]);
+    if (task.format == Format::kInt8) weigh<false>(record + layout.v_scales, g, x);
+    else if (task.format != Format::kF16) weigh<true>(record + layout.v_scales, g, x);
+  }
+  const std::size_t f16_values = std::size_t{work.block.capacity} * task.d * 2;
+  values<G>(work, record + (task.format == Format::kF16 ? f16_values : layout.v_codes), x);
+}
+
+void run_block(Work work, float* logits, Scratch& x) noexcept {
+  const std::size_t group = work.task.group;
+  std::size_t chunks = (group + kChunk - 1) / kChunk;
+  while (work.head < group) {
+    const std::size_t heads = (group - work.head + chunks - 1) / chunks;  // 5 heads are 3 + 2, not 4 + 1
+    switch (heads) {
+      case 1: run_chunk<1>(work, logits, x); break;
+      case 2: run_chunk<2>(work, logits, x); break;
+      case 3: run_chunk<3>(work, logits, x); break;
+      default: run_chunk<4>(work, logits, x); break;
+    }
+    work.head += heads;
+    work.ahead = 0;
+    --chunks;
+  }
+}
+
+}  // namespace
+
+void attend_decode(const DecodeTask& task) noexcept {
+  Scratch scratch;
+  const std::size_t record = block_bytes(task.format, task.d);
+  const std::size_t depth = (kPrefetchBytes + record - 1) / record;
+  for (std::size_t i = 0; i < task.count; ++i) {
+    const BlockView& block = task.blocks[i];
+    const TokenRange range = visible_tokens(block.start, block.begin, block.end, task.visible);
+    float* const logits = task.logits == nullptr ? nullptr : task.logits + i * task.group * kT;
+    if (range.lo >= range.hi) {
+      for (std::size_t s = 0; logits != nullptr && s < task.group * kT; ++s) logits[s] = kMinusInfinity;
+      continue;
+    }
+    const BlockView& later = task.blocks[i + depth < task.count ? i + depth : i];
+    const auto ahead = reinterpret_cast<std::uintptr_t>(later.data) - reinterpret_cast<std::uintptr_t>(block.data);
+    run_block({task, block, range, 0, ahead}, logits, scratch);
+  }
+}
+
+}  // namespace inferos::kernels::avx512vnni

@@ -1,0 +1,123 @@
+// The specification of decode attention: attend.hpp in plain loops.
+
+#include <cmath>
+#include <cstring>
+
+#include "kernels/attend_isa.hpp"
+#include "kernels/scalar/packed.hpp"
+#include "kernels/scalar/softmax.hpp"
+
+namespace inferos::kernels::scalar {
+namespace {
+
+constexpr std::size_t kT = kBlockTokens;
+
+// rint(x), or 0 where x is no number that the levels can hold (only non-finite input leads there).
+std::int32_t to_code(float x, float levels) noexcept {
+  return std::fabs(x) <= levels + 1.0F ? static_cast<std::int32_t>(std::nearbyint(x)) : 0;
+}
+
+void f16_logits(const DecodeTask& task, const BlockView& block, const float* q, TokenRange range, float (&s)[kT]) noexcept {
+  for (std::size_t t = range.lo; t < range.hi; ++t) {
+    float sum = 0.0F;
+    for (std::size_t c = 0; c < task.d; ++c) {
+      sum = std::fma(q[c], half_at(block.data, t / 16 * 16 * task.d + c * 16 + t % 16), sum);
+    }
+    s[t] = task.scale * sum;
+  }
+}
+
+void packed_logits(const DecodeTask& task, const BlockView& block, const float* q, float (&s)[kT]) noexcept {
+  const bool wide = task.format != Format::kInt4;
+  const BlockLayout layout = packed_layout(task.format, task.d);
+  const std::byte* scales = block.data + layout.k_scales;
+  const float levels = wide ? kWideLevels : kNarrowLevels;
+  float w[kMaxHeadDim];
+  float lanes[kLanes] = {};
+  float a = 0.0F;
+  for (std::size_t c = 0; c < task.d; ++c) {
+    w[c] = q[c] * half_at(scales, c);
+    lanes[c % kLanes] = std::fma(q[c], half_at(scales, task.d + c), lanes[c % kLanes]);
+    a = std::fabs(w[c]) > a ? std::fabs(w[c]) : a;
+  }
+  const float bias = reduce16(lanes);
+  std::int32_t weights[kMaxHeadDim];
+  for (std::size_t c = 0; c < task.d; ++c) weights[c] = a < kSmallestMaximum ? 0 : to_code(w[c] * (levels / a), levels);
+  const float factor = (a / levels) * task.scale;
+  for (std::size_t t = 0; t < kT; ++t) {
+    std::int32_t sum = 0;
+    for (std::size_t c = 0; c < task.d; ++c) sum += weights[c] * k_code(block.data, wide, task.d, t, c);
+    s[t] = std::fma(static_cast<float>(sum), factor, bias * task.scale);
+  }
+}
+
+void f16_values(const DecodeTask& task, const BlockView& block, const float (&p)[kT], TokenRange range, float alpha,
+                float* o) noexcept {
+  const std::byte* v = block.data + block.capacity * task.d * 2;
+  for (std::size_t c = 0; c < task.d; ++c) {
+    float sum = o[c] * alpha;
+    for (std::size_t t = range.lo; t < range.hi; ++t) {
+      sum = std::fma(p[t], half_at(v, t * task.d + c), sum);
+    }
+    o[c] = sum;
+  }
+}
+
+void packed_values(const DecodeTask& task, const BlockView& block, const float (&p)[kT], float alpha, float* o) noexcept {
+  const bool wide = task.format == Format::kInt8;
+  const BlockLayout layout = packed_layout(task.format, task.d);
+  const std::byte* codes = block.data + layout.v_codes;
+  const std::byte* scales = block.data + layout.v_scales;
+  float r[kT];
+  float lanes[kLanes] = {};
+  float b = 0.0F;
+  for (std::size_t t = 0; t < kT; ++t) {
+    r[t] = p[t] * half_at(scales, t);
+    b = r[t] > b ? r[t] : b;
+    if (!wide) lanes[t % kLanes] = std::fma(p[t], half_at(scales, kT + t), lanes[t % kLanes]);
+  }
+  std::int32_t weights[kT];
+  for (std::size_t t = 0; t < kT; ++t) {
+    weights[t] = b < kSmallestMaximum ? 0 : to_code(r[t] * (kWeightLevels / b), kWeightLevels);
+  }
+  const float bias = reduce16(lanes);
+  for (std::size_t c = 0; c < task.d; ++c) {
+    std::int32_t sum = 0;
+    for (std::size_t t = 0; t < kT; ++t) sum += weights[t] * v_code(codes, wide, t, c);
+    o[c] = std::fma(static_cast<float>(sum), b / kWeightLevels, o[c] * alpha);
+    if (!wide) o[c] += bias;
+  }
+}
+
+void decode_block(const DecodeTask& task, const BlockView& block, std::size_t g, float* logits) noexcept {
+  const TokenRange range = visible_tokens(block.start, block.begin, block.end, task.visible);
+  const bool f16 = task.format == Format::kF16;
+  const float* q = task.q + g * task.d;
+  float s[kT] = {};
+  if (f16) f16_logits(task, block, q, range, s);
+  else packed_logits(task, block, q, s);
+  mask_logits(s, range, task.softcap);
+  if (logits != nullptr) std::memcpy(logits, s, sizeof s);
+
+  if (range.lo >= range.hi) return;
+
+  float p[kT];
+  const Step step = softmax_step(s, p, task.m[g], task.l[g]);
+  if (step.skip) return;
+  float* o = task.o + g * task.d;
+  if (f16) f16_values(task, block, p, range, step.alpha, o);
+  else packed_values(task, block, p, step.alpha, o);
+}
+
+}  // namespace
+
+void attend_decode(const DecodeTask& task) noexcept {
+  for (std::size_t i = 0; i < task.count; ++i) {
+    for (std::size_t g = 0; g < task.group; ++g) {
+      float* logits = task.logits == nullptr ? nullptr : task.logits + (i * task.group + g) * kT;
+      decode_block(task, task.blocks[i], g, logits);
+    }
+  }
+}
+
+}  // namespace inferos::kernels::scalar

@@ -1,0 +1,30 @@
+#include "kv/block.hpp"
+
+#include <algorithm>
+
+#include "kernels/codec.hpp"
+
+namespace inferos::kv {
+namespace {
+
+kernels::BlockRows& scratch() {
+  thread_local const auto rows = std::make_unique<kernels::BlockRows>();  // 128 KiB: too large for a stack
+  return *rows;
+}
+
+}  // namespace
+
+void convert_block(const Block& from, std::size_t tokens, std::size_t head_dim, Block& to) {
+  kernels::BlockRows& rows = scratch();
+  kernels::block_to_rows(from.format(), from.data(), head_dim, from.capacity(), tokens, rows);
+  kernels::rows_to_block(to.format(), rows, tokens, head_dim, to.data());
+}
+
+void read_block(const Block& block, std::size_t token, std::size_t head_dim, float* k, float* v) {
+  kernels::BlockRows& rows = scratch();
+  kernels::block_to_rows(block.format(), block.data(), head_dim, block.capacity(), token + 1, rows);
+  std::copy_n(rows.k + token * head_dim, head_dim, k);
+  std::copy_n(rows.v + token * head_dim, head_dim, v);
+}
+
+}  // namespace inferos::kv

@@ -1,0 +1,216 @@
+#include "kv/layer_store.hpp"
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "kernels/codec.hpp"
+
+namespace inferos::kv {
+namespace {
+
+constexpr std::size_t index_of(Format format) noexcept { return static_cast<std::size_t>(format); }
+constexpr std::size_t kF16 = index_of(Format::kF16);
+
+std::size_t sink_capacity(std::size_t sink_tokens) noexcept { return (sink_tokens + 15) / 16 * 16; }
+
+template <class T>
+void make_room(std::vector<T>& list, std::size_t more) {
+  if (list.size() + more > list.capacity()) list.reserve(std::max(list.size() + more, 2 * list.capacity()));
+}
+
+BlockView view_of(const Block& block, std::int32_t start, std::size_t end) noexcept {
+  return {block.data(), start, 0, static_cast<std::uint16_t>(end), block.capacity()};
+}
+
+std::vector<BlockView>::iterator at_start(std::vector<BlockView>& views, std::int32_t start) noexcept {
+  return std::lower_bound(views.begin(), views.end(), start,
+                          [](const BlockView& view, std::int32_t position) { return view.start < position; });
+}
+
+}  // namespace
+
+LayerStore::LayerStore(const LayerShape& shape, Format leaving, std::size_t sink_tokens)
+    : shape_(shape), leaving_(leaving), sink_tokens_(sink_tokens), heads_(shape.kv_heads), streams_(shape.kv_heads) {}
+
+Reservation LayerStore::reserve(Arena& arena, const Grid& grid, std::size_t fresh, bool sinks) {
+  Reservation taken;
+  std::size_t packed = 0;
+  for (std::size_t index = std::max(settled_, first_); index < grid.due() && leaving_ != Format::kF16; ++index) {
+    for (const Head& head : heads_) {
+      if (head.blocks[index - first_]->format() != Format::kF16) continue;
+      taken.packed.push_back(std::make_shared<Block>(arena, leaving_, shape_.head_dim, kBlockTokens));
+    }
+    ++packed;
+  }
+  for (std::size_t i = 0; sinks && i < heads_.size(); ++i) {
+    taken.sinks.push_back(std::make_shared<Block>(arena, Format::kF16, shape_.head_dim, sink_capacity(sink_tokens_)));
+  }
+  for (std::size_t i = 0; i < fresh * heads_.size(); ++i) {
+    taken.fresh.push_back(std::make_shared<Block>(arena, Format::kF16, shape_.head_dim, kBlockTokens));
+  }
+  for (std::size_t h = 0; h < heads_.size(); ++h) {
+    make_room(heads_[h].blocks, fresh);
+    make_room(streams_[h].by_format[kF16], fresh + 1);
+    make_room(streams_[h].by_format[index_of(leaving_)], packed);
+  }
+  return taken;
+}
+
+void LayerStore::settle(const Grid& grid, std::span<BlockPtr> packed) {
+  std::size_t next = 0;
+  for (std::size_t index = std::max(settled_, first_); index < grid.due() && leaving_ != Format::kF16; ++index) {
+    for (std::size_t h = 0; h < heads_.size(); ++h) {
+      const Block& old = *heads_[h].blocks[index - first_];
+      if (old.format() != Format::kF16) continue;
+      convert_block(old, grid[index].tokens, shape_.head_dim, *packed[next]);
+      replace(h, grid[index], index, std::move(packed[next++]));
+    }
+  }
+  settled_ = std::max(settled_, grid.due());
+}
+
+void LayerStore::place(Reservation& reservation) noexcept {
+  for (std::size_t h = 0; h < reservation.sinks.size(); ++h) {
+    heads_[h].sink = std::move(reservation.sinks[h]);
+    streams_[h].by_format[kF16].push_back(view_of(*heads_[h].sink, 0, 0));
+  }
+  for (std::size_t i = 0; i < reservation.fresh.size(); ++i) {
+    heads_[i % heads_.size()].blocks.push_back(std::move(reservation.fresh[i]));
+  }
+}
+
+void LayerStore::write(const Grid& grid, std::int64_t from, std::int64_t to, const float* k, const float* v) noexcept {
+  const std::size_t d = shape_.head_dim;
+  const std::size_t row = shape_.kv_heads * d;
+  const auto put = [&](const Block& block, std::size_t h, std::int64_t start, std::int64_t begin, std::int64_t end) {
+    for (std::int64_t p = begin; p < end; ++p) {
+      const std::size_t offset = static_cast<std::size_t>(p - from) * row + h * d;
+      kernels::store_f16_token(block.data(), d, block.capacity(), static_cast<std::size_t>(p - start), k + offset, v + offset);
+    }
+  };
+  const std::int64_t sink_end = std::min<std::int64_t>(static_cast<std::int64_t>(sink_tokens_), to);
+  const std::int64_t grid_from = std::max<std::int64_t>(from, grid.origin());
+  for (std::size_t h = 0; h < heads_.size(); ++h) {
+    std::vector<BlockView>& views = streams_[h].by_format[kF16];
+    if (from < sink_end) {
+      put(*heads_[h].sink, h, 0, from, sink_end);
+      views.front().end = static_cast<std::uint16_t>(sink_end);
+    }
+    for (std::int64_t p = grid_from; p < to;) {
+      const std::size_t index = grid.find(p);
+      const GridEntry& entry = grid[index];
+      const Block& block = *heads_[h].blocks[index - first_];
+      const std::int64_t end = std::min<std::int64_t>(entry.end(), to);
+      put(block, h, entry.start, p, end);
+      if (views.empty() || views.back().start != entry.start) views.push_back(view_of(block, entry.start, 0));
+      views.back().end = static_cast<std::uint16_t>(end - entry.start);
+      p = end;
+    }
+  }
+}
+
+void LayerStore::replace(std::size_t head, const GridEntry& entry, std::size_t index, BlockPtr packed) noexcept {
+  BlockPtr& held = heads_[head].blocks[index - first_];
+  auto& from = streams_[head].by_format[index_of(held->format())];
+  auto& to = streams_[head].by_format[index_of(packed->format())];
+  from.erase(at_start(from, entry.start));
+  to.insert(at_start(to, entry.start), view_of(*packed, entry.start, entry.tokens));
+  held = std::move(packed);
+}
+
+void LayerStore::truncate(const Grid& grid, std::int64_t length) noexcept {
+  settled_ = std::min(settled_, std::max<std::size_t>(grid.size(), 1) - 1);
+  if (grid.size() < first_) first_ = 0;  // only where everything goes: what was freed cannot be gone back to
+  for (std::size_t h = 0; h < heads_.size(); ++h) {
+    for (std::vector<BlockView>& views : streams_[h].by_format) {
+      while (!views.empty() && views.back().start >= length) views.pop_back();
+      if (!views.empty()) {
+        BlockView& last = views.back();
+        last.end = static_cast<std::uint16_t>(std::min<std::int64_t>(last.end, length - last.start));
+      }
+    }
+    std::vector<BlockPtr>& blocks = heads_[h].blocks;
+    while (blocks.size() > grid.size() - first_) blocks.pop_back();
+    if (length == 0) heads_[h].sink.reset();
+  }
+}
+
+void LayerStore::forget_before(const Grid& grid, std::int64_t position) noexcept {
+  std::size_t first = first_;
+  while (first + 1 < grid.size() && grid[first].end() <= position) ++first;
+  if (first == first_) return;
+  const std::int32_t start = grid[first].start;
+  for (std::size_t h = 0; h < heads_.size(); ++h) {
+    for (std::vector<BlockView>& views : streams_[h].by_format) views.erase(views.begin(), at_start(views, start));
+    std::vector<BlockPtr>& blocks = heads_[h].blocks;
+    blocks.erase(blocks.begin(), blocks.begin() + static_cast<std::ptrdiff_t>(first - first_));
+  }
+  first_ = first;
+}
+
+bool LayerStore::any_packed(std::size_t index) const noexcept {
+  if (index < first_) return false;
+  return std::any_of(heads_.begin(), heads_.end(),
+                     [&](const Head& head) { return head.blocks[index - first_]->format() != Format::kF16; });
+}
+
+bool LayerStore::demote(Arena& arena, const Grid& grid, std::size_t head, std::size_t index, Format format) {
+  if (index < first_) return false;
+  const Block& old = *heads_[head].blocks[index - first_];
+  if (format <= old.format()) return false;
+  auto packed = std::make_shared<Block>(arena, format, shape_.head_dim, kBlockTokens);
+  make_room(streams_[head].by_format[index_of(format)], 1);
+  convert_block(old, grid[index].tokens, shape_.head_dim, *packed);
+  replace(head, grid[index], index, std::move(packed));
+  return true;
+}
+
+LayerStore LayerStore::fork(Arena& arena) const {
+  LayerStore copy(*this);
+  const auto duplicate = [&](const BlockPtr& block) {
+    auto fresh = std::make_shared<Block>(arena, Format::kF16, shape_.head_dim, block->capacity());
+    std::memcpy(fresh->data(), block->data(), block->bytes());
+    return fresh;
+  };
+  for (std::size_t h = 0; h < heads_.size(); ++h) {
+    auto view = copy.streams_[h].by_format[kF16].begin();  // ascending, as the blocks are
+    if (heads_[h].sink != nullptr) {
+      copy.heads_[h].sink = duplicate(heads_[h].sink);
+      (view++)->data = copy.heads_[h].sink->data();
+    }
+    for (BlockPtr& block : copy.heads_[h].blocks) {
+      if (block->format() != Format::kF16) continue;
+      block = duplicate(block);
+      (view++)->data = block->data();
+    }
+  }
+  return copy;
+}
+
+void LayerStore::read(const Grid& grid, std::size_t head, std::int64_t position, float* k, float* v, Format* format) const {
+  const bool in_sink = position < static_cast<std::int64_t>(sink_tokens_);
+  const std::size_t index = in_sink ? 0 : grid.find(position);
+  const Block& block = in_sink ? *heads_[head].sink : *heads_[head].blocks[index - first_];
+  const std::int64_t start = in_sink ? 0 : grid[index].start;
+  read_block(block, static_cast<std::size_t>(position - start), shape_.head_dim, k, v);
+  if (format != nullptr) *format = block.format();
+}
+
+void LayerStore::count(TierBytes& total) const noexcept {
+  const auto add = [&](const BlockPtr& block) {
+    const std::size_t f = index_of(block->format());
+    total.blocks[f] += 1;
+    total.bytes[f] += block->bytes();
+    if (block.use_count() > 1) total.shared_bytes += block->bytes();
+  };
+  for (std::size_t h = 0; h < heads_.size(); ++h) {
+    if (heads_[h].sink != nullptr) add(heads_[h].sink);
+    for (const BlockPtr& block : heads_[h].blocks) add(block);
+    for (std::size_t f = 0; f < kernels::kFormats; ++f) {
+      for (const BlockView& view : streams_[h].by_format[f]) total.tokens[f] += view.end;
+    }
+  }
+}
+
+}  // namespace inferos::kv

@@ -1,0 +1,89 @@
+#pragma once
+// The blocks of one layer and the streams the kernels read. Everything that can fail is done in reserve(); the rest moves pointers.
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "kernels/attend.hpp"
+#include "kv/block.hpp"
+#include "kv/grid.hpp"
+
+namespace inferos::kv {
+
+struct LayerShape {
+  std::size_t kv_heads;       // 1..1024
+  std::size_t head_dim;       // multiple of 16 in 16..256
+  std::int32_t local_window;  // -1 = all tokens; else the newest local_window + 1 positions (the query's own included) are visible
+};
+
+// Blocks of one (layer, kv head), by format; the order inside a format is ascending in position.
+struct HeadStreams {
+  std::array<std::vector<BlockView>, kernels::kFormats> by_format;
+};
+
+struct TierBytes {
+  std::array<std::size_t, kernels::kFormats> blocks;  // by Format, all layers and heads
+  std::array<std::size_t, kernels::kFormats> bytes;   // as held in the arena; shared blocks count once per holder
+  std::array<std::size_t, kernels::kFormats> tokens;  // token-heads: valid tokens summed over layers and heads
+  std::size_t shared_bytes;                           // part of `bytes` that a fork shares
+};
+
+// Memory one step may need in one layer, taken before the step changes anything.
+struct Reservation {
+  std::vector<BlockPtr> packed;  // for the blocks that are due: by grid index, then head
+  std::vector<BlockPtr> sinks;   // one per head, or none
+  std::vector<BlockPtr> fresh;   // by grid index, then head
+};
+
+class LayerStore {
+ public:
+  LayerStore(const LayerShape& shape, Format leaving, std::size_t sink_tokens);
+
+  const LayerShape& shape() const noexcept { return shape_; }
+  std::size_t sink_tokens() const noexcept { return sink_tokens_; }
+  std::span<const HeadStreams> streams() const noexcept { return streams_; }
+  std::size_t first() const noexcept { return first_; }  // first grid index still held
+
+  bool is_behind(const Grid& grid) const noexcept { return settled_ < grid.due(); }
+  // Blocks for what is due and for `fresh` new grid entries (and the sinks, where `sinks`), and room in every list.
+  Reservation reserve(Arena& arena, const Grid& grid, std::size_t fresh, bool sinks);
+  // Packs what is due; then takes over the new blocks, empty as yet.
+  void settle(const Grid& grid, std::span<BlockPtr> packed);
+  void place(Reservation& reservation) noexcept;
+  // Tokens from..to-1 of the grid, which covers them already. k, v: [to - from][kv_heads][head_dim].
+  void write(const Grid& grid, std::int64_t from, std::int64_t to, const float* k, const float* v) noexcept;
+
+  // After the grid was truncated to `length`.
+  void truncate(const Grid& grid, std::int64_t length) noexcept;
+  // Frees blocks before `position`, never the last one.
+  void forget_before(const Grid& grid, std::int64_t position) noexcept;
+  // Whether a head holds block `index` packed.
+  bool any_packed(std::size_t index) const noexcept;
+  bool demote(Arena& arena, const Grid& grid, std::size_t head, std::size_t index, Format format);
+
+  // Packed blocks shared, FP16 blocks copied.
+  LayerStore fork(Arena& arena) const;
+  void read(const Grid& grid, std::size_t head, std::int64_t position, float* k, float* v, Format* format) const;
+  void count(TierBytes& total) const noexcept;
+
+ private:
+  struct Head {
+    BlockPtr sink;
+    std::vector<BlockPtr> blocks;  // grid index - first_
+  };
+
+  void replace(std::size_t head, const GridEntry& entry, std::size_t index, BlockPtr packed) noexcept;
+
+  LayerShape shape_;
+  Format leaving_;  // what a block becomes when it leaves the window
+  std::size_t sink_tokens_;
+  std::size_t first_ = 0;
+  std::size_t settled_ = 0;  // grid indexes below it were offered to packing
+  std::vector<Head> heads_;
+  std::vector<HeadStreams> streams_;
+};
+
+}  // namespace inferos::kv

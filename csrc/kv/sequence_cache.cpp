@@ -1,0 +1,333 @@
+#include "kv/sequence_cache.hpp"
+
+#include <algorithm>
+#include <array>
+#include <limits>
+#include <string>
+#include <utility>
+
+#include "core/checked.hpp"
+#include "core/error.hpp"
+
+namespace inferos::kv {
+namespace {
+
+constexpr std::int64_t kMaxTokens = std::numeric_limits<std::int32_t>::max() - 64;  // positions, and the end of a block, fit int32
+
+std::string text(std::int64_t value) { return std::to_string(value); }
+std::string text(std::size_t value) { return std::to_string(value); }
+
+void check(const CacheOptions& options) {
+  const auto config = [](const std::string& name, std::size_t value, std::size_t low, std::size_t high) {
+    if (value < low || value > high) {
+      throw Error(ErrorCode::kConfig,
+                  "SequenceCache: " + name + " " + text(value) + " is not within " + text(low) + ".." + text(high));
+    }
+  };
+  config("layers", options.layers.size(), 1, 4096);
+  config("recent_window", options.recent_window, 16, 512);
+  config("sink_tokens", options.sink_tokens, 0, 64);
+  config("max_tokens", options.max_tokens, 1, static_cast<std::size_t>(kMaxTokens));
+  if (options.formats.size() != options.layers.size()) {
+    throw Error(ErrorCode::kShape, "SequenceCache: " + text(options.formats.size()) + " formats for " +
+                                       text(options.layers.size()) + " layers");
+  }
+  for (std::size_t i = 0; i < options.layers.size(); ++i) {
+    const LayerShape& layer = options.layers[i];
+    const std::string where = "layer " + text(i) + ": ";
+    config(where + "kv_heads", layer.kv_heads, 1, 1024);
+    if (!kernels::valid_head_dim(layer.head_dim)) {
+      throw Error(ErrorCode::kConfig, "SequenceCache: " + where + "head_dim " + text(layer.head_dim) +
+                                          " is not a multiple of 16 within 16..256");
+    }
+    if (layer.local_window < -1) {
+      throw Error(ErrorCode::kConfig, "SequenceCache: " + where + "local_window " +
+                                          text(std::int64_t{layer.local_window}) + " is neither -1 nor 0 or more");
+    }
+    if (options.formats[i] > Format::kInt4) {
+      throw Error(ErrorCode::kConfig, "SequenceCache: " + where + "unknown format");
+    }
+  }
+}
+
+// Memory taken for the open step, and how far it is.
+struct Step {
+  std::int64_t tokens = 0;            // 0 = none is open
+  std::size_t appended = 0;           // layers
+  std::vector<Reservation> reserved;  // per layer, or empty where nothing had to be taken
+};
+
+}  // namespace
+
+struct SequenceCache::State {
+  CacheOptions options;
+  std::shared_ptr<Arena> arena;
+  std::int64_t length = 0;
+  Step step;
+  std::uint64_t step_number = 0;
+  std::vector<std::uint64_t> appended_in;  // per layer: the last step_number it appended in
+  std::array<Grid, 2> grids;               // layers with sinks; sliding-window layers
+  std::vector<LayerStore> layers;
+
+  State(CacheOptions given, std::shared_ptr<Arena> memory)
+      : options(std::move(given)),
+        arena(std::move(memory)),
+        appended_in(options.layers.size(), 0),
+        grids{Grid(static_cast<std::int32_t>(options.sink_tokens)), Grid(0)} {}
+
+  bool slides(std::size_t layer) const noexcept { return options.layers[layer].local_window >= 0; }
+  Grid& grid(std::size_t layer) noexcept { return grids[slides(layer) ? 1 : 0]; }
+  const Grid& grid(std::size_t layer) const noexcept { return grids[slides(layer) ? 1 : 0]; }
+  bool has_appended(std::size_t layer) const noexcept { return step.tokens != 0 && appended_in[layer] == step_number; }
+  bool is_whole() const noexcept { return step.tokens != 0 && step.appended == layers.size(); }
+
+  void check_layer(const char* function, std::size_t layer) const {
+    if (layer >= layers.size()) {
+      throw Error(ErrorCode::kShape, std::string(function) + ": layer " + text(layer) + " of " + text(layers.size()));
+    }
+  }
+
+  void check_no_step(const char* function) const {
+    if (step.tokens != 0) {
+      throw Error(ErrorCode::kSequence, std::string(function) + ": a step of " + text(step.tokens) +
+                                            " tokens is open; commit it or roll it back first");
+    }
+  }
+
+  // Everything a step of `tokens` tokens may need, for all layers. Throws Error{kBudget} with the cache unchanged.
+  std::vector<Reservation> reserve(std::int64_t tokens) {
+    const std::int64_t end = length + tokens;
+    std::array<std::size_t, 2> fresh{};
+    for (std::size_t kind = 0; kind < grids.size(); ++kind) {
+      grids[kind].update_due(length, options.recent_window);
+      fresh[kind] = grids[kind].prepare(end);
+    }
+    const bool sinks = length == 0 && options.sink_tokens > 0;
+    const bool behind = std::any_of(layers.begin(), layers.end(), [&](const LayerStore& layer) {
+      return layer.is_behind(grids[layer.shape().local_window >= 0 ? 1 : 0]);
+    });
+    std::vector<Reservation> reserved;
+    if (!sinks && !behind && fresh[0] == 0 && fresh[1] == 0) return reserved;  // most decode steps
+    reserved.reserve(layers.size());
+    for (std::size_t i = 0; i < layers.size(); ++i) {
+      reserved.push_back(layers[i].reserve(*arena, grid(i), fresh[slides(i) ? 1 : 0], sinks && !slides(i)));
+    }
+    return reserved;
+  }
+
+  void truncate(std::int64_t to) noexcept {
+    for (Grid& g : grids) g.truncate(to);
+    for (std::size_t i = 0; i < layers.size(); ++i) layers[i].truncate(grid(i), to);
+    length = to;
+  }
+
+  // A block that is packed in one layer takes no more tokens in any.
+  void close_packed_ends() noexcept {
+    for (std::size_t kind = 0; kind < grids.size(); ++kind) {
+      Grid& g = grids[kind];
+      if (g.size() == 0 || g[g.size() - 1].finished()) continue;
+      for (std::size_t i = 0; i < layers.size(); ++i) {
+        if (slides(i) != (kind == 1) || !layers[i].any_packed(g.size() - 1)) continue;
+        g.close_last();
+        break;
+      }
+    }
+  }
+};
+
+SequenceCache::SequenceCache(CacheOptions options, std::shared_ptr<Arena> arena) {
+  check(options);
+  if (arena == nullptr) throw Error(ErrorCode::kConfig, "SequenceCache: no arena");
+  state_ = std::make_unique<State>(std::move(options), std::move(arena));
+  State& s = *state_;
+  s.layers.reserve(s.options.layers.size());
+  for (std::size_t i = 0; i < s.options.layers.size(); ++i) {
+    s.layers.emplace_back(s.options.layers[i], s.options.formats[i], s.slides(i) ? 0 : s.options.sink_tokens);
+  }
+}
+
+SequenceCache::~SequenceCache() = default;
+
+const CacheOptions& SequenceCache::options() const noexcept { return state_->options; }
+std::int64_t SequenceCache::length() const noexcept { return state_->length; }
+std::int64_t SequenceCache::pending() const noexcept { return state_->step.tokens; }
+
+std::int64_t SequenceCache::kept_from() const noexcept {
+  std::int64_t from = 0;
+  for (const LayerStore& layer : state_->layers) {
+    if (layer.first() > 0) from = std::max<std::int64_t>(from, state_->grids[1][layer.first()].start);
+  }
+  return from;
+}
+
+std::int64_t SequenceCache::rewind_floor() const noexcept {
+  std::int64_t floor = 0;
+  for (const LayerStore& layer : state_->layers) {
+    if (layer.first() == 0) continue;
+    floor = std::max(floor, std::int64_t{state_->grids[1][layer.first()].start} + layer.shape().local_window);
+  }
+  return floor;
+}
+
+void SequenceCache::enter(std::size_t layer, std::int64_t past, std::int64_t tokens) {
+  State& s = *state_;
+  s.check_layer("enter", layer);
+  const Step& step = s.step;
+  const bool joins = step.tokens != 0 && step.appended != 0 && !s.has_appended(layer);
+  if (joins) {
+    if (past == s.length && tokens == step.tokens) return;
+    throw Error(ErrorCode::kSequence, "enter: layer " + text(layer) + " has past " + text(past) + " and " + text(tokens) +
+                                          " tokens, but the open step has past " + text(s.length) + " and " +
+                                          text(step.tokens) + " tokens");
+  }
+  if (s.is_whole() && past > s.length && past <= s.length + step.tokens) commit();
+  if (past < 0 || past > s.length) {
+    throw Error(ErrorCode::kSequence, "enter: past " + text(past) + " leaves a gap: " + text(s.length) +
+                                          " tokens are cached" + (step.tokens != 0 ? " and a step is not whole" : ""));
+  }
+  if (past < s.length) rewind(past);
+  begin(tokens);
+}
+
+void SequenceCache::begin(std::int64_t tokens) {
+  State& s = *state_;
+  rollback();
+  const std::int64_t room = static_cast<std::int64_t>(s.options.max_tokens) - s.length;
+  if (tokens < 1 || tokens > room) {
+    throw Error(ErrorCode::kShape, "begin: " + text(tokens) + " tokens behind " + text(s.length) +
+                                       " is not within 1.." + text(room) + " (max_tokens " + text(s.options.max_tokens) + ")");
+  }
+  s.step.reserved = s.reserve(tokens);
+  s.step.tokens = tokens;
+  s.step.appended = 0;
+  s.step_number += 1;
+  for (Grid& grid : s.grids) grid.extend(s.length + tokens);
+}
+
+void SequenceCache::append(std::size_t layer, const float* k, const float* v) {
+  State& s = *state_;
+  s.check_layer("append", layer);
+  if (s.step.tokens == 0) throw Error(ErrorCode::kSequence, "append: layer " + text(layer) + ": no step is open");
+  if (s.has_appended(layer)) {
+    throw Error(ErrorCode::kSequence, "append: layer " + text(layer) + " has already appended in this step");
+  }
+  LayerStore& store = s.layers[layer];
+  if (!s.step.reserved.empty()) {
+    Reservation& reservation = s.step.reserved[layer];
+    store.settle(s.grid(layer), reservation.packed);
+    store.place(reservation);
+  }
+  store.write(s.grid(layer), s.length, s.length + s.step.tokens, k, v);
+  s.appended_in[layer] = s.step_number;
+  s.step.appended += 1;
+}
+
+void SequenceCache::commit() {
+  State& s = *state_;
+  if (!s.is_whole()) {
+    throw Error(ErrorCode::kSequence, s.step.tokens == 0 ? std::string("commit: no step is open")
+                                                         : "commit: " + text(s.step.appended) + " of " +
+                                                               text(s.layers.size()) + " layers have appended");
+  }
+  s.length += s.step.tokens;
+  s.step = Step{};
+  for (std::size_t i = 0; i < s.layers.size(); ++i) {
+    if (s.slides(i)) s.layers[i].forget_before(s.grids[1], s.length - s.options.layers[i].local_window);
+  }
+}
+
+void SequenceCache::rollback() noexcept {
+  State& s = *state_;
+  if (s.step.tokens == 0) return;
+  s.step = Step{};
+  s.truncate(s.length);
+}
+
+std::span<const HeadStreams> SequenceCache::streams(std::size_t layer) const {
+  state_->check_layer("streams", layer);
+  return state_->layers[layer].streams();
+}
+
+std::int64_t SequenceCache::visible_length(std::size_t layer) const {
+  state_->check_layer("visible_length", layer);
+  return state_->length + (state_->has_appended(layer) ? state_->step.tokens : 0);
+}
+
+void SequenceCache::rewind(std::int64_t length) {
+  State& s = *state_;
+  if (length < 0 || length > s.length || (length != 0 && length < rewind_floor())) {
+    throw Error(ErrorCode::kRewind, "rewind: length " + text(length) + " is not within " + text(rewind_floor()) + ".." +
+                                        text(s.length) + (rewind_floor() > 0 ? ", nor 0" : ""));
+  }
+  rollback();
+  if (length == s.length) return;
+  s.truncate(length);
+  s.close_packed_ends();
+}
+
+void SequenceCache::clear() {
+  rollback();
+  state_->truncate(0);
+}
+
+std::unique_ptr<SequenceCache> SequenceCache::fork() const {
+  const State& s = *state_;
+  s.check_no_step("fork");
+  auto copy = std::make_unique<SequenceCache>(s.options, s.arena);
+  State& c = *copy->state_;
+  c.length = s.length;
+  c.grids = s.grids;
+  for (std::size_t i = 0; i < s.layers.size(); ++i) c.layers[i] = s.layers[i].fork(*s.arena);
+  return copy;
+}
+
+bool SequenceCache::demote(std::size_t layer, std::size_t head, std::size_t index, Format format) {
+  State& s = *state_;
+  s.check_layer("demote", layer);
+  s.check_no_step("demote");
+  Grid& grid = s.grid(layer);
+  if (head >= s.options.layers[layer].kv_heads || index >= grid.size() || format > Format::kInt4) {
+    throw Error(ErrorCode::kShape, "demote: head " + text(head) + " of " + text(s.options.layers[layer].kv_heads) +
+                                       ", block " + text(index) + " of " + text(grid.size()));
+  }
+  grid.update_due(s.length, s.options.recent_window);
+  return index < grid.due() && s.layers[layer].demote(*s.arena, grid, head, index, format);
+}
+
+std::size_t SequenceCache::grid_blocks(std::size_t layer) const {
+  state_->check_layer("grid_blocks", layer);
+  return state_->grid(layer).size();
+}
+
+void SequenceCache::read(std::size_t layer, std::size_t head, std::int64_t position, float* k, float* v,
+                         Format* format) const {
+  const State& s = *state_;
+  s.check_layer("read", layer);
+  const LayerStore& store = s.layers[layer];
+  const std::int64_t from = store.first() == 0 ? 0 : s.grids[1][store.first()].start;
+  if (head >= store.shape().kv_heads || position < from || position >= s.length) {
+    throw Error(ErrorCode::kShape, "read: head " + text(head) + " of " + text(store.shape().kv_heads) + ", position " +
+                                       text(position) + " of " + text(from) + ".." + text(s.length - 1));
+  }
+  store.read(s.grid(layer), head, position, k, v, format);
+}
+
+TierBytes SequenceCache::tier_bytes() const {
+  TierBytes total{};
+  for (const LayerStore& layer : state_->layers) layer.count(total);
+  const auto add = [&](const std::vector<BlockPtr>& blocks) {
+    for (const BlockPtr& block : blocks) {
+      if (block == nullptr) continue;  // already placed
+      total.blocks[static_cast<std::size_t>(block->format())] += 1;
+      total.bytes[static_cast<std::size_t>(block->format())] += block->bytes();
+    }
+  };
+  for (const Reservation& reservation : state_->step.reserved) {
+    add(reservation.packed);
+    add(reservation.sinks);
+    add(reservation.fresh);
+  }
+  return total;
+}
+
+}  // namespace inferos::kv

@@ -1,0 +1,281 @@
+"""The compressed session: one ONNX Runtime session over the rewritten graph, one native cache per sequence."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from collections.abc import Sequence as Collection
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from inferos.errors import BusyError, ClosedError, InferosError, ProviderError, RewindError, ShapeError
+from inferos.kv import Arena, KVCache, LayerSpec
+from inferos.runtime._graph import load_graph
+from inferos.runtime._ort import ORT_ERRORS, check_ids, chunks, input_types, open_ort, session_options
+from inferos.runtime.layout import HANDLE_INPUT, LENGTHS_INPUT, TOTAL_INPUT, ModelLayout
+from inferos.runtime.protocols import Float32, Ids, TokenSequence
+from inferos.runtime.register import register
+from inferos.runtime.rewrite import rewrite_model
+
+__all__ = ["CompressedSequence", "CompressedSession"]
+
+
+class CompressedSession:
+    """A decoder whose attention keeps K and V in inferos' cache.
+
+    Thread-safe over different sequences; a sequence is used by one thread at a time (`BusyError` otherwise).
+    """
+
+    def __init__(
+        self,
+        layout: ModelLayout,
+        *,
+        kv: str,
+        recent_window: int,
+        sink_tokens: int,
+        arena: Arena,
+        threads: int,
+        prefill_chunk: int,
+    ) -> None:
+        self.kv = kv
+        self.layout = layout
+        self.arena = arena
+        self.prefill_chunk = prefill_chunk
+        self._cache_options = {"recent_window": recent_window, "sink_tokens": sink_tokens}
+        self._specs = [LayerSpec(layer.kv_heads, layer.head_dim, layer.local_window) for layer in layout.layers]
+        # Wrong options show here, before the weights are read.
+        self.new_cache().close()
+        model = rewrite_model(load_graph(layout.model_path), head_dim=layout.layers[0].head_dim)
+        options = session_options(threads)
+        register(options)
+        self.ort = open_ort(model.SerializeToString(), options, layout.folder)
+        self.types = input_types(self.ort)
+
+    @property
+    def vocab_size(self) -> int:
+        """Logits per token."""
+        return self.layout.vocab_size
+
+    @property
+    def context_length(self) -> int:
+        """Tokens the model can hold."""
+        return self.layout.context_length
+
+    def sequence(self) -> CompressedSequence:
+        """A new, empty sequence."""
+        return CompressedSequence(self, self.new_cache())
+
+    def new_cache(self) -> KVCache:
+        """An empty cache of the model's shape."""
+        context = self.layout.context_length
+        return KVCache(self._specs, kv=self.kv, arena=self.arena, max_tokens=context, **self._cache_options)
+
+    def step(self, sequences: Collection[TokenSequence], ids: Ids) -> Float32:
+        """One token for each sequence, in one run; see `DecoderSession.step`.
+
+        Raises
+        ------
+        ShapeError
+            If a sequence is of another session, or ids are not one per sequence.
+        BusyError
+            If a sequence is given twice or used by another thread.
+        """
+        rows = [row for row in sequences if isinstance(row, CompressedSequence) and row.session is self]
+        tokens = np.asarray(ids)
+        if len(rows) != len(sequences) or tokens.shape != (len(rows),):
+            raise ShapeError(f"step: ids of shape {tokens.shape} for {len(rows)} sequences of this session")
+        if not rows:
+            return np.zeros((0, self.vocab_size), np.float32)
+        for row, token in zip(rows, tokens, strict=True):
+            check_ids([token], self.layout, row.length)
+        with contextlib.ExitStack() as held:
+            turns = [held.enter_context(row.turn()) for row in rows]
+            logits = self.run(turns, tokens.astype(np.int64)[:, None])
+            _commit(turns)
+            return logits[:, -1].astype(np.float32)
+
+    def run(self, turns: list[Turn], ids: Ids) -> npt.NDArray[Any]:
+        """Logits (rows, tokens, vocab_size) of one run over ids (rows, tokens). Commits nothing.
+
+        Raises
+        ------
+        InferosError
+            What failed inside the cache; ProviderError for everything else. The step is dropped.
+        """
+        layout = self.layout
+        past = np.array([turn.past for turn in turns])
+        totals = past + ids.shape[1]
+        feeds: dict[str, npt.NDArray[Any]] = {
+            layout.input_ids: ids,
+            LENGTHS_INPUT: totals - 1,
+            TOTAL_INPUT: totals.max(),
+            HANDLE_INPUT: np.array([turn.handle for turn in turns]),
+        }
+        if layout.position_ids:
+            feeds[layout.position_ids] = past[:, None] + np.arange(ids.shape[1])
+        if layout.attention_mask in self.types:  # something besides attention reads it
+            feeds[layout.attention_mask] = np.arange(totals.max()) < totals[:, None]
+        used = {name: values.astype(self.types[name]) for name, values in feeds.items() if name in self.types}
+        try:
+            logits: npt.NDArray[Any] = self.ort.run([layout.logits], used)[0]
+        except ORT_ERRORS as error:
+            raise _typed(turns, error) from error
+        return logits
+
+
+class Turn:
+    """One use of a sequence, from taking it to the commit or the rollback; void once the sequence is abandoned."""
+
+    def __init__(self, sequence: CompressedSequence, cache: KVCache) -> None:
+        self.sequence = sequence
+        self.cache = cache
+        self.handle = cache.handle
+        self.past = cache.length
+
+
+class CompressedSequence:
+    """Tokens of one conversation and their cache."""
+
+    def __init__(self, session: CompressedSession, cache: KVCache) -> None:
+        self.session = session
+        self.cache = cache
+        self._turn: Turn | None = None
+        self._guard = threading.Lock()  # over _turn and what is done on its strength; never held while the model runs
+
+    @property
+    def length(self) -> int:
+        """Committed tokens."""
+        return self.cache.length
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of its blocks in the arena; blocks that a fork shares count for each."""
+        return self.cache.stats().total_bytes
+
+    @property
+    def kv_elements(self) -> int:
+        """K and V values held."""
+        return self.cache.stats().elements
+
+    def feed(self, ids: Ids) -> Float32:
+        """Logits (vocab_size,) after the last id. See `TokenSequence.feed`."""
+        return self._feed(ids, keep_all=False)[-1]
+
+    def feed_all(self, ids: Ids) -> Float32:
+        """Logits (tokens, vocab_size) after each id. See `TokenSequence.feed_all`."""
+        return self._feed(ids, keep_all=True)
+
+    def rewind(self, length: int) -> None:
+        """Forget positions >= length. A packed block stays packed, with fewer valid tokens.
+
+        Raises
+        ------
+        RewindError
+            If `length` is beyond the tokens held, or before what a sliding window still holds.
+        """
+        with self.turn():
+            self.cache.rewind(length)
+
+    def fork(self) -> CompressedSequence:
+        """A second sequence with the same tokens; packed blocks are shared."""
+        with self.turn():
+            return CompressedSequence(self.session, self.cache.fork())
+
+    def close(self) -> None:
+        """Free the cache; a run in flight fails with ClosedError."""
+        with self._guard:
+            self._turn = None
+            self.cache.close()
+
+    def abandon(self) -> None:
+        """Take the sequence away from a run that hangs.
+
+        The sequence is back at its committed length and usable at once; the run may finish late, but cannot write
+        any more, and ends in ClosedError.
+        """
+        with self._guard:
+            self._turn = None
+            self.cache.abandon()
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[Turn]:
+        """Exclusive use. Rolls an open step back where the body fails."""
+        with self._guard:
+            if self._turn is not None:
+                raise BusyError("the sequence is in use by another call")
+            turn = self._turn = Turn(self, self.cache)
+        try:
+            yield turn
+        except BaseException:
+            with self._guard:
+                if self._turn is turn:
+                    self.cache.rollback()
+            raise
+        finally:
+            with self._guard:
+                if self._turn is turn:
+                    self._turn = None
+
+    def holds(self, turn: Turn) -> bool:
+        """Whether the turn may still write."""
+        return self._turn is turn
+
+    def commit(self, turn: Turn) -> None:
+        """Make the step of a run that succeeded part of the sequence."""
+        with self._guard:
+            if self._turn is not turn:
+                raise ClosedError("the sequence was closed or abandoned while the model ran")
+            self.cache.commit()
+            turn.past = self.cache.length
+
+    def _feed(self, ids: Ids, *, keep_all: bool) -> Float32:
+        session = self.session
+        step = 1 if keep_all and session.layout.last_logits_only else session.prefill_chunk
+        rows = []
+        with self.turn() as turn:
+            start = turn.past
+            ids = check_ids(ids, session.layout, start)
+            try:
+                for chunk in chunks(ids, step, session.vocab_size):
+                    logits = session.run([turn], chunk[None, :])[0]
+                    self.commit(turn)
+                    rows.append((logits if keep_all else logits[-1:]).astype(np.float32))
+            except BaseException:
+                self._undo(turn, start)
+                raise
+        return np.concatenate(rows) if keep_all else rows[-1]
+
+    def _undo(self, turn: Turn, start: int) -> None:
+        """Drop the chunks that were committed before one failed."""
+        with self._guard:
+            if self._turn is not turn or turn.past == start:
+                return
+            self.cache.rollback()
+            # A sliding window may have let go of what lies before: then the chunks that succeeded stay.
+            with contextlib.suppress(RewindError):
+                self.cache.rewind(start)
+
+
+def _commit(turns: list[Turn]) -> None:
+    """All rows or none."""
+    done: list[Turn] = []
+    starts = [turn.past for turn in turns]
+    try:
+        for turn in turns:
+            turn.sequence.commit(turn)
+            done.append(turn)
+    except InferosError:
+        for turn, start in zip(done, starts, strict=False):
+            turn.cache.rewind(start)
+        raise
+
+
+def _typed(turns: list[Turn], error: Exception) -> InferosError:
+    """The error that the op kept on a handle; ONNX Runtime itself only passes on its text."""
+    if not all(turn.sequence.holds(turn) for turn in turns):
+        return ClosedError("the sequence was closed or abandoned while the model ran")
+    kept = [turn.cache.take_error() for turn in turns]
+    return next((one for one in kept if one is not None), ProviderError(f"the model failed: {error}"))

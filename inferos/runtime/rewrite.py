@@ -1,0 +1,335 @@
+"""From stock attention to inferos': a decoder's graph without past and present.
+
+Every GroupQueryAttention node becomes ``inferos::CompressedAttention`` with its own ``layer``. The cache's inputs and
+outputs go; ``inferos_handle`` (int64, one per row) names each row's cache. Two small inputs take the place of the
+attention mask, whose length would grow with the context: ``inferos_seqlens_k`` (int32, per row: total tokens minus 1)
+and ``inferos_total_length`` (int32 scalar: the longest row).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+from onnx import TensorProto, helper
+
+from inferos.errors import ModelError, UnsupportedError
+from inferos.runtime._graph import (
+    DTYPE_KEY,
+    OUR_DOMAIN,
+    OUR_OP,
+    AttentionNode,
+    attention_nodes,
+    external_files,
+    load_graph,
+    subgraphs,
+    tensor_shape,
+)
+from inferos.runtime.layout import (
+    CONFIG_NAME,
+    HANDLE_INPUT,
+    LENGTHS_INPUT,
+    TOTAL_INPUT,
+    AttentionLayer,
+    ModelLayout,
+    read_layout,
+)
+
+__all__ = ["RewriteReport", "rewrite", "rewrite_model"]
+
+_VERSION = "1"  # of the rewritten form; part of the marker, so that a newer inferos writes a folder again
+_VERSION_KEY = "inferos.rewrite"
+_LAYERS_KEY = "inferos.layers"
+_MARKER = "inferos_rewrite.json"
+# Files beside the model that a loader or a tokenizer reads.
+_COPIED_SUFFIXES = frozenset({".jinja", ".json", ".md", ".model", ".spm", ".tiktoken", ".txt"})
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class RewriteReport:
+    """What `rewrite` did.
+
+    Attributes
+    ----------
+    source, folder : pathlib.Path
+        The model read and the folder that holds the rewritten one.
+    changed : bool
+        False where `folder` already held exactly this result.
+    layers : tuple of AttentionLayer
+        The attention nodes, in the order of the cache's layers.
+    linked, copied : tuple of str
+        Files of the source that share its bytes on disk, and those that were copied.
+    """
+
+    source: Path
+    folder: Path
+    changed: bool
+    layers: tuple[AttentionLayer, ...]
+    linked: tuple[str, ...]
+    copied: tuple[str, ...]
+
+
+def rewrite_model(model: onnx.ModelProto, *, head_dim: int | None = None) -> onnx.ModelProto:
+    """The model with inferos' attention; its external data is neither read nor needed.
+
+    Parameters
+    ----------
+    model : onnx.ModelProto
+        A decoder with GroupQueryAttention. Not changed.
+    head_dim : int, optional
+        Values per head, used where the graph does not say.
+
+    Returns
+    -------
+    onnx.ModelProto
+        A new model, or `model` itself where it is rewritten already.
+
+    Raises
+    ------
+    UnsupportedError
+        Where attention has a form inferos does not compute; the message names the node and the reason.
+    ModelError
+        Where the graph has tensors of our names already.
+    """
+    if attention_nodes(model, head_dim)[0].rewritten:
+        return model
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    nodes = attention_nodes(result, head_dim)
+    _check_lengths(nodes)
+    _check_names(result.graph)
+    alive_before = _alive(result.graph)
+    for layer, node in enumerate(nodes):
+        _replace(node, layer)
+    dropped_outputs = {name for node in nodes for name in (node.present_key, node.present_value)}
+    _keep(result.graph.output, lambda value: value.name not in dropped_outputs)
+    _drop_dead(result.graph, alive_before)
+    _add_inputs(result.graph)
+    if not any(opset.domain == OUR_DOMAIN for opset in result.opset_import):
+        result.opset_import.append(helper.make_opsetid(OUR_DOMAIN, 1))
+    _add_metadata(result, nodes)
+    return result
+
+
+def _check_lengths(nodes: tuple[AttentionNode, ...]) -> None:
+    """One pair of lengths serves all layers only if all layers had the same."""
+    first = tuple(nodes[0].node.input[5:7])
+    for node in nodes:
+        if tuple(node.node.input[5:7]) != first:
+            raise UnsupportedError(f"node {node.name!r}: its lengths (seqlens_k, total) are not the first layer's")
+
+
+def _check_names(graph: onnx.GraphProto) -> None:
+    taken = {value.name for value in (*graph.input, *graph.initializer)} | {
+        name for node in graph.node for name in node.output
+    }
+    clash = sorted(taken & {HANDLE_INPUT, LENGTHS_INPUT, TOTAL_INPUT})
+    if clash:
+        raise ModelError(f"rewrite_model: the graph already has a tensor {clash[0]!r}")
+
+
+def _replace(found: AttentionNode, layer: int) -> None:
+    node = found.node
+    inputs = [*node.input, *[""] * 10][:10]
+    query, key, value, _, _, _, _, cosine, sine, positions = inputs
+    kept = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    del node.input[:]
+    node.input.extend([query, key, value, LENGTHS_INPUT, TOTAL_INPUT, cosine, sine, positions, HANDLE_INPUT])
+    del node.output[1:]
+    del node.attribute[:]
+    node.attribute.extend(
+        helper.make_attribute(name, number)
+        for name, number in {
+            "layer": layer,
+            "num_heads": found.heads,
+            "kv_num_heads": found.kv_heads,
+            "head_dim": found.head_dim,
+            "scale": float(kept.get("scale", 0.0)),
+            "softcap": float(kept.get("softcap", 0.0)),
+            "do_rotary": int(kept.get("do_rotary", 0)),
+            "rotary_interleaved": int(kept.get("rotary_interleaved", 0)),
+            "local_window_size": found.window,
+        }.items()
+    )
+    node.op_type, node.domain = OUR_OP, OUR_DOMAIN
+
+
+def _uses(node: onnx.NodeProto) -> set[str]:
+    """Every tensor a node reads, those its bodies take from outside included."""
+    names = set(node.input)
+    for body in subgraphs(node):
+        inner = {name for child in body.node for name in _uses(child)} | {value.name for value in body.output}
+        names |= inner - {name for child in body.node for name in child.output}
+    return names - {""}
+
+
+def _alive(graph: onnx.GraphProto) -> set[str]:
+    """Tensors that some output depends on."""
+    alive = {value.name for value in graph.output}
+    for node in reversed(graph.node):  # a valid graph is sorted: readers come after writers
+        if alive & set(node.output):
+            alive |= _uses(node)
+    return alive
+
+
+def _keep(field: Any, wanted: Callable[[Any], bool]) -> None:
+    """Filter a repeated protobuf field in place."""
+    kept = [item for item in field if wanted(item)]
+    del field[:]
+    field.extend(kept)
+
+
+def _drop_dead(graph: onnx.GraphProto, alive_before: set[str]) -> None:
+    """Remove what the rewrite orphaned; what was unused before stays as the export had it."""
+    alive = _alive(graph)
+    dead = alive_before - alive
+    _keep(graph.node, lambda node: not dead & set(node.output) or bool(alive & set(node.output)))
+    for field in (graph.input, graph.initializer, graph.value_info):
+        _keep(field, lambda item: item.name not in dead)
+    left = {name for node in graph.node for name in (*node.input, *node.output)}
+    _keep(graph.value_info, lambda item: item.name in left)
+
+
+def _add_inputs(graph: onnx.GraphProto) -> None:
+    batch: int | str | None = "batch_size"
+    for value in graph.input:
+        shape = tensor_shape(value)
+        if len(shape) == 2:
+            batch = shape[0]
+            break
+    graph.input.extend([
+        helper.make_tensor_value_info(LENGTHS_INPUT, TensorProto.INT32, [batch]),
+        helper.make_tensor_value_info(TOTAL_INPUT, TensorProto.INT32, []),
+        helper.make_tensor_value_info(HANDLE_INPUT, TensorProto.INT64, [batch]),
+    ])  # fmt: skip
+
+
+def _add_metadata(model: onnx.ModelProto, nodes: Iterable[AttentionNode]) -> None:
+    layers = [
+        {"name": n.name, "kv_heads": n.kv_heads, "head_dim": n.head_dim, "local_window_size": n.window} for n in nodes
+    ]
+    entries = {_VERSION_KEY: _VERSION, DTYPE_KEY: next(iter(nodes)).dtype, _LAYERS_KEY: json.dumps(layers)}
+    _keep(model.metadata_props, lambda entry: entry.key not in entries)
+    for key, value in entries.items():
+        model.metadata_props.add(key=key, value=value)
+
+
+def rewrite(folder: str | Path, out: str | Path | None = None) -> RewriteReport:
+    """Write a folder whose model has inferos' attention and no past or present.
+
+    Parameters
+    ----------
+    folder : path
+        An onnxruntime-genai folder with GroupQueryAttention.
+    out : path, optional
+        Where to write; default is `folder` with "-inferos" appended. A folder written by an earlier rewrite of
+        another state of the model is replaced; anything else there is left alone and refused.
+
+    Returns
+    -------
+    RewriteReport
+        Its `changed` is False where nothing had to be written: the same rewrite was there, or the model is
+        rewritten already.
+
+    Raises
+    ------
+    ModelError
+        As `inferos.runtime.layout.read_layout`, and where `out` holds something else.
+    UnsupportedError
+        Naming the attention node that cannot be rewritten, and why.
+    """
+    layout = read_layout(folder)
+    source = layout.folder.resolve()
+    if layout.rewritten and out is None:
+        return RewriteReport(source, source, False, layout.layers, (), ())
+    target = Path(out).absolute() if out is not None else source.with_name(source.name + "-inferos")
+    if target.resolve() == source:
+        raise ModelError(f"rewrite: {target} is the model's own folder; name another one")
+    digest = _digest(layout.model_path)
+    existing = _read_marker(target)
+    if existing is not None and existing == _marker(digest):
+        return RewriteReport(source, target, False, read_layout(target).layers, (), ())
+    if existing is None and target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ModelError(f"rewrite: {target} exists and was not written by inferos; it is left alone")
+    linked, copied = _write(layout, target, digest)
+    return RewriteReport(source, target, True, read_layout(target).layers, linked, copied)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _marker(digest: str) -> dict[str, str]:
+    return {"schema": "inferos.rewrite/" + _VERSION, "source_sha256": digest}
+
+
+def _read_marker(folder: Path) -> object | None:
+    try:
+        return json.loads((folder / _MARKER).read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _write(layout: ModelLayout, target: Path, digest: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Write beside `target`, then rename: a reader sees the old folder, none, or the whole new one."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        linked, copied = _fill(layout, scratch / "new", digest)
+        _swap(scratch / "new", target, scratch / "old")
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    _log.info("rewrote %s", target.name)
+    return linked, copied
+
+
+def _swap(new: Path, target: Path, old: Path) -> None:
+    if target.exists():
+        target.rename(old)
+    try:
+        new.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
+
+
+def _fill(layout: ModelLayout, folder: Path, digest: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    folder.mkdir()
+    model = rewrite_model(load_graph(layout.model_path), head_dim=layout.layers[0].head_dim)
+    (folder / layout.model_path.name).write_bytes(model.SerializeToString())
+    linked, copied = [], []
+    for path in external_files(model, layout.model_path.parent):
+        name = path.relative_to(layout.model_path.parent)
+        (linked if _link_or_copy(path, folder / name) else copied).append(str(name))
+    for path in sorted(layout.folder.iterdir()):
+        if path.suffix.lower() in _COPIED_SUFFIXES and path.is_file() and not (folder / path.name).exists():
+            shutil.copyfile(path, folder / path.name)
+            copied.append(path.name)
+    if not (folder / CONFIG_NAME).is_file():
+        raise ModelError(f"rewrite: {layout.folder} lost its {CONFIG_NAME} while it was read")
+    (folder / _MARKER).write_text(json.dumps(_marker(digest), indent=1), "utf-8")
+    return tuple(linked), tuple(copied)
+
+
+def _link_or_copy(source: Path, target: Path) -> bool:
+    """True where the two share their bytes. A symlink would not do: ONNX Runtime refuses external data behind one."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)
+        return False
+    return True

@@ -1,0 +1,84 @@
+"""Opening a decoder: with inferos' compressed cache, or as exported for comparison."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from inferos.errors import ConfigError
+from inferos.runtime.layout import ModelLayout, read_layout
+from inferos.runtime.protocols import DecoderSession
+
+__all__ = ["open_session"]
+
+
+def open_session(
+    model: str | Path | ModelLayout,
+    *,
+    kv: str = "int8",
+    recent_window: int = 64,
+    sink_tokens: int = 4,
+    budget_bytes: int = 0,
+    threads: int = 0,
+    prefill_chunk: int = 512,
+) -> DecoderSession:
+    """Open a decoder model on the CPU.
+
+    Parameters
+    ----------
+    model : path or ModelLayout
+        An onnxruntime-genai folder, as exported or rewritten.
+    kv : str
+        What a block becomes when it leaves the recent window: f16, int8, k8v4, int4 or auto; off = stock attention
+        with ONNX Runtime's own FP32 or FP16 cache.
+    recent_window : int
+        Newest tokens kept in FP16, 16..512.
+    sink_tokens : int
+        First tokens kept in FP16, 0..64.
+    budget_bytes : int
+        Bytes that all sequences of this session may hold together; 0 = no limit.
+    threads : int
+        Threads inside a node; 0 = as many as ONNX Runtime finds right.
+    prefill_chunk : int
+        Tokens of one run at most; longer inputs are fed in pieces.
+
+    Returns
+    -------
+    DecoderSession
+
+    Raises
+    ------
+    ConfigError
+        If an option is unknown or out of range.
+    ModelError, UnsupportedError
+        As `inferos.runtime.layout.read_layout`, or if ONNX Runtime refuses the model.
+    """
+    from inferos.kv import KV_FORMATS, Arena
+
+    if kv != "off" and kv not in KV_FORMATS:
+        raise ConfigError(f"kv: {kv!r} is not one of off, {', '.join(KV_FORMATS)}")
+    for name, value, low in (
+        ("threads", threads, 0),
+        ("prefill_chunk", prefill_chunk, 1),
+        ("budget_bytes", budget_bytes, 0),
+    ):
+        if not isinstance(value, int) or isinstance(value, bool) or value < low:
+            raise ConfigError(f"{name}: {value!r} is not a whole number of at least {low}")
+    layout = model if isinstance(model, ModelLayout) else read_layout(model)
+    # onnxruntime arrives with the first session, not with this module.
+    if kv == "off":
+        from inferos.runtime._stock import StockSession
+
+        if layout.rewritten:
+            raise ConfigError(f"kv: 'off' needs the model as exported; {layout.folder} holds a rewritten one")
+        return StockSession(layout, threads=threads, prefill_chunk=prefill_chunk)
+    from inferos.runtime._compressed import CompressedSession
+
+    return CompressedSession(
+        layout,
+        kv=kv,
+        recent_window=recent_window,
+        sink_tokens=sink_tokens,
+        arena=Arena(budget_bytes),
+        threads=threads,
+        prefill_chunk=prefill_chunk,
+    )
