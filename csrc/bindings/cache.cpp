@@ -1,0 +1,2 @@
+#include "bindings/bindings.hpp"
+namespace inferos::bindings { void add_cache(py::module_&) {} }
