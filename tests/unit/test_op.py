@@ -9,18 +9,18 @@ import numpy.typing as npt
 import onnx
 import onnxruntime as ort
 import pytest
-from inferos.kv import KVCache, LayerSpec
 from models import TYPES, Tiny, rotary_tables
 from onnx import TensorProto, helper, numpy_helper
 
 from inferos.errors import BusyError, ClosedError, InferosError, SequenceError, ShapeError
+from inferos.kv import KVCache, LayerSpec
 from inferos.runtime._ort import ORT_ERRORS
 from inferos.runtime.register import register
 from inferos.runtime.rewrite import rewrite_model
 
 Array = npt.NDArray[Any]
 BASE = Tiny(layers=1, head_dim=32)
-# The inputs are exact in FP16. Storing keys that are not rotated rounds nothing: what is left is the order of FP32 sums.
+# The inputs are exact in FP16. Storing keys that are not rotated rounds nothing: what is left is the order of sums.
 SUMMATION = 4e-6
 # A rotated key is rounded by up to 2^-11 of itself in each channel: that moves a logit by about 2^-11 * scale * |q * k|
 # <= 5e-4, and an output by up to twice that times |v| <= 4. Stock attention on float16 rounds as often.
