@@ -11,6 +11,7 @@ std::span<const Convert> convert_runnable() {
   static const std::array all{
       scalar::kConvert,
 #if defined(INFEROS_X86)
+      avx2::kConvert,
       avx512vnni::kConvert,
 #endif
   };

@@ -11,6 +11,7 @@ std::span<const Hadamard> hadamard_runnable() {
   static const std::array all{
       scalar::kHadamard,
 #if defined(INFEROS_X86)
+      avx2::kHadamard,
       avx512vnni::kHadamard,
 #endif
   };

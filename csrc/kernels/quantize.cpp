@@ -11,6 +11,7 @@ std::span<const Quantize> quantize_runnable() {
   static const std::array all{
       scalar::kQuantize,
 #if defined(INFEROS_X86)
+      avx2::kQuantize,
       avx512vnni::kQuantize,
 #endif
   };

@@ -208,7 +208,10 @@ void LayerStore::count(TierBytes& total) const noexcept {
     if (heads_[h].sink != nullptr) add(heads_[h].sink);
     for (const BlockPtr& block : heads_[h].blocks) add(block);
     for (std::size_t f = 0; f < kernels::kFormats; ++f) {
-      for (const BlockView& view : streams_[h].by_format[f]) total.tokens[f] += view.end;
+      for (const BlockView& view : streams_[h].by_format[f]) {
+        total.tokens[f] += view.end;
+        total.elements += view.end * 2 * shape_.head_dim;
+      }
     }
   }
 }

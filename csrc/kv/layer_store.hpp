@@ -28,7 +28,9 @@ struct TierBytes {
   std::array<std::size_t, kernels::kFormats> blocks;  // by Format, all layers and heads
   std::array<std::size_t, kernels::kFormats> bytes;   // as held in the arena; shared blocks count once per holder
   std::array<std::size_t, kernels::kFormats> tokens;  // token-heads: valid tokens summed over layers and heads
+  std::size_t elements;                               // K and V values of those tokens
   std::size_t shared_bytes;                           // part of `bytes` that a fork shares
+  std::size_t score_bytes;                            // importance scores
 };
 
 // Memory one step may need in one layer, taken before the step changes anything.

@@ -34,6 +34,7 @@ struct Scratch {
   float alpha[kChunk];
   float unit[kChunk];                                 // b / 255
   float offset[kChunk];                               // c
+  std::int32_t start[kChunk];                         // -8 * sum of P
 };
 
 struct Work {  // one block, one chunk of heads
@@ -188,24 +189,33 @@ void f16_logits(const Work& work, Scratch& x) noexcept {
   for (std::size_t panel = first; panel < past; ++panel) f16_panels<G, 1>(work, panel, x);
 }
 
-// Probabilities times V's scales as u8 weights; kBias: the sum of p * minimum as well.
-template <bool kBias>
+// Probabilities times V's scales as u8 weights; for nibbles also what their centre adds.
+template <bool kNibbles>
 void weigh(const std::byte* scales, std::size_t g, Scratch& x) noexcept {
   __m512 r[4];
   __m512 bias = _mm512_setzero_ps();
   for (std::size_t i = 0; i < 4; ++i) {
     const __m512 p = _mm512_load_ps(x.s[g] + 16 * i);
-    r[i] = _mm512_mul_ps(p, load_half(scales + 32 * i));
-    if constexpr (kBias) bias = _mm512_fmadd_ps(p, load_half(scales + 2 * kT + 32 * i), bias);
+    const __m512 scale = load_half(scales + 32 * i);
+    r[i] = _mm512_mul_ps(p, scale);
+    if constexpr (kNibbles) {
+      const __m512 centre = _mm512_set1_ps(static_cast<float>(kNibbleCentre));
+      bias = _mm512_fmadd_ps(p, _mm512_fmadd_ps(scale, centre, load_half(scales + 2 * kT + 32 * i)), bias);
+    }
   }
   const float b = largest16(_mm512_max_ps(_mm512_max_ps(r[0], r[1]), _mm512_max_ps(r[2], r[3])));
   const __m512 up = _mm512_set1_ps(b < kSmallestMaximum ? 0.0F : kWeightLevels / b);
+  __m512i total = _mm512_setzero_si512();
   for (std::size_t i = 0; i < 4; ++i) {
     const __m512i weights = _mm512_cvtps_epi32(_mm512_mul_ps(r[i], up));
+    total = _mm512_add_epi32(total, weights);
     _mm_store_si128(reinterpret_cast<__m128i*>(x.weights[g] + 16 * i), _mm512_cvtepi32_epi8(weights));
   }
   x.unit[g] = b / kWeightLevels;
-  if constexpr (kBias) x.offset[g] = reduce16(bias);
+  if constexpr (kNibbles) {
+    x.offset[g] = reduce16(bias);
+    x.start[g] = -kNibbleCentre * _mm512_reduce_add_epi32(total);
+  }
 }
 
 template <std::size_t G, std::size_t kVectors>
@@ -240,7 +250,7 @@ void v4_channels(const Work& work, std::size_t channel, const std::byte* codes, 
   const __m512i low_nibbles = _mm512_set1_epi8(15);
   __m512i sum[G][kVectors];
   for (std::size_t g = 0; g < G; ++g) {
-    for (std::size_t j = 0; j < kVectors; ++j) sum[g][j] = _mm512_setzero_si512();
+    for (std::size_t j = 0; j < kVectors; ++j) sum[g][j] = _mm512_set1_epi32(x.start[g]);
   }
   for (std::size_t t = 0; t < kT; t += 8) {
     __m512i first[kVectors];

@@ -110,8 +110,10 @@ struct Rows {  // of one register block
   const PrefillTile& tile;
   std::size_t first;
   TokenRange range[kRows];
-  alignas(64) float s[kRows][kT];
   float alpha[kRows];
+  alignas(64) float s[kRows][kT];
+
+  Rows(const PrefillTile& of, std::size_t row) noexcept : tile(of), first(row), alpha{} {}
 };
 
 template <std::size_t R>
@@ -161,7 +163,7 @@ void values(const Rows& x, std::size_t channel) noexcept {
 
 template <std::size_t R>
 void run_rows(const PrefillTile& tile, std::size_t first) noexcept {
-  Rows x{tile, first, {}, {}, {}};
+  Rows x(tile, first);
   bool any = false;
   for (std::size_t r = 0; r < R; ++r) {
     x.range[r] = visible_tokens(tile.start, tile.begin, tile.end, tile.visible[first + r]);

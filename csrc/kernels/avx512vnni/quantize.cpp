@@ -23,6 +23,7 @@ namespace {
 constexpr std::size_t kLanes = 16;
 constexpr int kUp = _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC;
 constexpr int kDown = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
+constexpr int kLargerMagnitude = 0x0B;  // of vrangeps: the larger magnitude, sign cleared
 constexpr float kNearTie = 0.5F - 0x1p-12F;
 
 alignas(64) constexpr float kNoRow32[kMaxHeadDim] = {};  // stands for the tokens that a short block does not have
@@ -55,14 +56,39 @@ void store(std::uint16_t* x, __m512 v) noexcept {  // saturating; NaN passes bot
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
-struct Range {
-  __m512 low, high;
-  __mmask16 bad;  // lanes that saw NaN or a value beyond fp16
-};
-
 struct Grid {
   __m512 minimum, scale, inverse;
 };
+
+// The grids of a block: one per channel for K, one per token for V.
+struct Grids {
+  alignas(64) float minimum[kMaxHeadDim];
+  alignas(64) float scale[kMaxHeadDim];
+  alignas(64) float inverse[kMaxHeadDim];
+
+  void put(std::size_t i, const Grid& g) noexcept {
+    _mm512_store_ps(minimum + i, g.minimum);
+    _mm512_store_ps(scale + i, g.scale);
+    _mm512_store_ps(inverse + i, g.inverse);
+  }
+  Grid sixteen(std::size_t i) const noexcept {
+    return {_mm512_load_ps(minimum + i), _mm512_load_ps(scale + i), _mm512_load_ps(inverse + i)};
+  }
+  Grid one(std::size_t i) const noexcept {
+    return {_mm512_set1_ps(minimum[i]), _mm512_set1_ps(scale[i]), _mm512_set1_ps(inverse[i])};
+  }
+};
+
+// Smallest and largest value of every channel or token.
+struct Extremes {
+  alignas(64) float low[kMaxHeadDim];
+  alignas(64) float high[kMaxHeadDim];
+};
+
+bool beyond_f16(__m512 low, __m512 high) noexcept {
+  return _mm512_cmp_ps_mask(high, limit(), _CMP_GT_OQ) != 0 ||
+         _mm512_cmp_ps_mask(low, _mm512_sub_ps(_mm512_setzero_ps(), limit()), _CMP_LT_OQ) != 0;
+}
 
 __m256 low_half(__m512 x) noexcept { return _mm512_castps512_ps256(x); }
 __m256 high_half(__m512 x) noexcept { return _mm512_extractf32x8_ps(x, 1); }
@@ -82,10 +108,11 @@ Grid grid_of(__m512 minimum, __m256i scale_bits) noexcept {
   return {minimum, scale, _mm512_maskz_div_ps(some, _mm512_set1_ps(1.0F), scale)};
 }
 
-Grid asymmetric(const Range& range, double steps, std::uint16_t* scales, std::uint16_t* minima) noexcept {
-  const __m256i floor = _mm512_cvtps_ph(_mm512_add_ps(range.low, _mm512_setzero_ps()), kDown);  // + 0: no -0
+Grid asymmetric(__m512 low, __m512 high, double steps, std::uint16_t* scales, std::uint16_t* minima) noexcept {
+  const __m512 zero = _mm512_setzero_ps();  // x + 0 turns -0 into +0
+  const __m256i floor = _mm512_cvtps_ph(_mm512_add_ps(low, zero), kDown);
   const __m512 minimum = _mm512_cvtph_ps(floor);
-  const __m256i ceil = ceil_f16(range.high, minimum, steps);
+  const __m256i ceil = ceil_f16(_mm512_add_ps(high, zero), minimum, steps);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(scales), ceil);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(minima), floor);
   return grid_of(minimum, ceil);
@@ -119,12 +146,16 @@ __m512i exact16(__m512 x, const Grid& g) noexcept {
   return _mm512_inserti32x8(_mm512_castsi256_si512(lower), upper, 1);
 }
 
-__m512 quotient(__m512 x, const Grid& g) noexcept { return _mm512_mul_ps(_mm512_sub_ps(x, g.minimum), g.inverse); }
+template <bool kSymmetric>
+__m512 quotient(__m512 x, const Grid& g) noexcept {
+  return _mm512_mul_ps(kSymmetric ? x : _mm512_sub_ps(x, g.minimum), g.inverse);
+}
 
 // Codes of one vector; `worst` collects the largest distance of a quotient from its code.
+template <bool kSymmetric>
 __m512i encode(__m512 x, const Grid& g, __m512& worst) noexcept {
-  const __m512 q = quotient(x, g);
-  worst = _mm512_range_ps(worst, _mm512_reduce_ps(q, _MM_FROUND_TO_NEAREST_INT), 0x0B);  // larger magnitude, sign cleared
+  const __m512 q = quotient<kSymmetric>(x, g);
+  worst = _mm512_range_ps(worst, _mm512_reduce_ps(q, _MM_FROUND_TO_NEAREST_INT), kLargerMagnitude);
   return _mm512_cvtps_epi32(q);
 }
 
@@ -132,8 +163,9 @@ bool near_tie(__m512 distance) noexcept {
   return _mm512_cmp_ps_mask(_mm512_abs_ps(distance), _mm512_set1_ps(kNearTie), _CMP_GE_OQ) != 0;
 }
 
+template <bool kSymmetric>
 __m512i encode_again(__m512 x, const Grid& g, __m512i code) noexcept {
-  return near_tie(_mm512_reduce_ps(quotient(x, g), _MM_FROUND_TO_NEAREST_INT)) ? exact16(x, g) : code;
+  return near_tie(_mm512_reduce_ps(quotient<kSymmetric>(x, g), _MM_FROUND_TO_NEAREST_INT)) ? exact16(x, g) : code;
 }
 
 // Its own inverse: 128-bit lane j of vector i <-> lane i of vector j.
@@ -150,79 +182,108 @@ void transpose_lanes(__m512i (&v)[4]) noexcept {
 
 // ---- K: per channel over the tokens -------------------------------------------------------------------------------
 
-template <bool kClean, class T>
-Range range_over_tokens(const T* x, std::size_t tokens, std::size_t d) noexcept {
-  __m512 low0 = load<kClean>(x);
-  __m512 low1 = low0;
-  __m512 high0 = low0;
-  __m512 high1 = low0;
-  unsigned unordered = _mm512_cmp_ps_mask(low0, low0, _CMP_UNORD_Q);
-  std::size_t t = tokens & 1;
-  for (; t < tokens; t += 2) {
-    const __m512 a = load<kClean>(x + t * d);
-    const __m512 b = load<kClean>(x + (t + 1) * d);
-    unordered |= _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q);
-    low0 = _mm512_min_ps(low0, a);
-    low1 = _mm512_min_ps(low1, b);
-    high0 = _mm512_max_ps(high0, a);
-    high1 = _mm512_max_ps(high1, b);
+// Extremes of kColumns * 16 channels, in registers while the rows stream by; false where a value is NaN or beyond fp16.
+template <bool kClean, std::size_t kColumns, class T>
+bool extremes_of_columns(const T* x, std::size_t tokens, std::size_t d, float* to_low, float* to_high) noexcept {
+  __m512 low[kColumns];
+  __m512 high[kColumns];
+  for (std::size_t i = 0; i < kColumns; ++i) low[i] = high[i] = load<kClean>(x + i * kLanes);
+  unsigned bad = 0;
+  for (std::size_t t = 0; t < tokens; ++t) {
+    __m512 v[kColumns];
+    for (std::size_t i = 0; i < kColumns; ++i) {
+      v[i] = load<kClean>(x + t * d + i * kLanes);
+      low[i] = _mm512_min_ps(low[i], v[i]);
+      high[i] = _mm512_max_ps(high[i], v[i]);
+    }
+    for (std::size_t i = 0; i < kColumns; i += 2) {  // one comparison finds a NaN in either operand
+      bad |= _mm512_cmp_ps_mask(v[i], v[i + 1 < kColumns ? i + 1 : i], _CMP_UNORD_Q);
+    }
   }
-  const __m512 low = _mm512_min_ps(low0, low1);
-  const __m512 high = _mm512_max_ps(high0, high1);
-  unordered |= _mm512_cmp_ps_mask(high, limit(), _CMP_GT_OQ);
-  unordered |= _mm512_cmp_ps_mask(low, _mm512_sub_ps(_mm512_setzero_ps(), limit()), _CMP_LT_OQ);
-  return {low, high, static_cast<__mmask16>(unordered)};
+  for (std::size_t i = 0; i < kColumns; ++i) {
+    _mm512_store_ps(to_low + i * kLanes, low[i]);
+    _mm512_store_ps(to_high + i * kLanes, high[i]);
+    bad |= static_cast<unsigned>(beyond_f16(low[i], high[i]));
+  }
+  return bad == 0;
+}
+
+template <bool kClean, class T>
+bool extremes_of_channels(const T* x, std::size_t tokens, std::size_t d, Extremes& e) noexcept {
+  bool good = true;
+  for (std::size_t c = 0; c < d;) {
+    const std::size_t left = (d - c) / kLanes;
+    if (left >= 8) {
+      good &= extremes_of_columns<kClean, 8>(x + c, tokens, d, e.low + c, e.high + c);
+      c += 8 * kLanes;
+    } else if (left >= 4) {
+      good &= extremes_of_columns<kClean, 4>(x + c, tokens, d, e.low + c, e.high + c);
+      c += 4 * kLanes;
+    } else {
+      good &= extremes_of_columns<kClean, 1>(x + c, tokens, d, e.low + c, e.high + c);
+      c += kLanes;
+    }
+  }
+  return good;
+}
+
+// Out of the loop, so that it costs the loop no registers: the four vectors again, those near a tie in double.
+template <bool kClean, class T>
+[[gnu::noinline, gnu::cold]] void encode_four_again(const T* x, std::size_t d, std::size_t count, const Grid& g, __m512i* code) noexcept {
+  for (std::size_t j = 0; j < count; ++j) code[j] = encode_again<false>(load<kClean>(x + j * d), g, code[j]);
 }
 
 // Four tokens of 16 channels -> 128-bit lane j holds [4 tokens][channels 4j .. 4j+3]. Tokens from `count` on are zero.
 template <bool kClean, class T>
-__m512i encode_four(const T* x, std::size_t d, std::size_t count, const Grid& g) noexcept {
+[[gnu::always_inline]] inline __m512i encode_four(const T* x, std::size_t d, std::size_t count, const Grid& g) noexcept {
   __m512i code[4];
   __m512 worst = _mm512_setzero_ps();
   for (std::size_t j = 0; j < 4; ++j) {
-    code[j] = j < count ? encode(load<kClean>(x + j * d), g, worst) : _mm512_setzero_si512();
+    code[j] = j < count ? encode<false>(load<kClean>(x + j * d), g, worst) : _mm512_setzero_si512();
   }
   if (near_tie(worst)) {
-    for (std::size_t j = 0; j < 4; ++j) {
-      if (j < count) code[j] = encode_again(load<kClean>(x + j * d), g, code[j]);
-    }
+    __m512i again[4] = {code[0], code[1], code[2], code[3]};
+    encode_four_again<kClean>(x, d, count, g, again);
+    for (std::size_t j = 0; j < 4; ++j) code[j] = again[j];
   }
   return _mm512_packus_epi16(_mm512_packus_epi32(code[0], code[1]), _mm512_packus_epi32(code[2], code[3]));
 }
 
 // Sixteen tokens of 16 channels -> four vectors, each [16 tokens][4 channels].
 template <bool kClean, class T>
-void encode_panel(const T* x, std::size_t d, std::size_t count, const Grid& g, __m512i (&quad)[4]) noexcept {
-  for (std::size_t i = 0; i < 4; ++i) {
-    if (count >= 4 * i + 4) {
-      quad[i] = encode_four<kClean>(x + 4 * i * d, d, 4, g);
-    } else if (count > 4 * i) {
-      quad[i] = encode_four<kClean>(x + 4 * i * d, d, count - 4 * i, g);
-    } else {
-      quad[i] = _mm512_setzero_si512();
+[[gnu::always_inline]] inline void encode_panel(const T* x, std::size_t d, std::size_t count, const Grid& g, __m512i (&quad)[4]) noexcept {
+  if (count >= 16) {
+    for (std::size_t i = 0; i < 4; ++i) quad[i] = encode_four<kClean>(x + 4 * i * d, d, 4, g);
+  } else {
+    for (std::size_t i = 0; i < 4; ++i) {
+      const std::size_t here = count > 4 * i ? count - 4 * i : 0;
+      quad[i] = encode_four<kClean>(x + 4 * i * d, d, here < 4 ? here : 4, g);
     }
   }
   transpose_lanes(quad);
 }
 
-// Where the codes of tokens t.., channels c.. of a K tile start; kPerRow = channels in one 4-byte word.
+// Where the codes of tokens t.., channels c.. of a K tile start; kPerWord = channels in one 4-byte word.
 template <std::size_t kPerWord>
 std::size_t k_offset(std::size_t t, std::size_t c, std::size_t d) noexcept {
   return ((t / 32 * (d / kPerWord) + c / kPerWord) * 32 + t % 32) * 4;
 }
 
 template <int kBits, bool kClean, class T>
-void encode_column(const T* x, std::size_t tokens, std::size_t d, std::size_t c, const Grid& g, std::uint8_t* codes) noexcept {
+void encode_keys(const T* x, std::size_t tokens, std::size_t d, const Grids& grids, std::uint8_t* codes) noexcept {
   for (std::size_t t = 0; t < kBlockTokens; t += 16) {
-    __m512i quad[4];
-    encode_panel<kClean>(x + t * d + c, d, tokens > t ? tokens - t : 0, g, quad);
-    if constexpr (kBits == 8) {
-      std::uint8_t* to = codes + k_offset<4>(t, c, d);
-      for (std::size_t j = 0; j < 4; ++j) _mm512_storeu_si512(to + j * 128, quad[j]);
-    } else {
-      std::uint8_t* to = codes + k_offset<8>(t, c, d);
-      for (std::size_t j = 0; j < 2; ++j) {
-        _mm512_storeu_si512(to + j * 128, _mm512_or_si512(quad[2 * j], _mm512_slli_epi32(quad[2 * j + 1], 4)));
+    const std::size_t count = tokens > t ? tokens - t : 0;
+    for (std::size_t c = 0; c < d; c += kLanes) {
+      __m512i quad[4];
+      encode_panel<kClean>(x + t * d + c, d, count, grids.sixteen(c), quad);
+      if constexpr (kBits == 8) {
+        std::uint8_t* to = codes + k_offset<4>(t, c, d);
+        for (std::size_t j = 0; j < 4; ++j) _mm512_storeu_si512(to + j * 128, quad[j]);
+      } else {
+        std::uint8_t* to = codes + k_offset<8>(t, c, d);
+        for (std::size_t j = 0; j < 2; ++j) {
+          _mm512_storeu_si512(to + j * 128, _mm512_or_si512(quad[2 * j], _mm512_slli_epi32(quad[2 * j + 1], 4)));
+        }
       }
     }
   }
@@ -230,17 +291,18 @@ void encode_column(const T* x, std::size_t tokens, std::size_t d, std::size_t c,
 
 template <int kBits, class T>
 void quantize_k(const T* x, std::size_t tokens, std::size_t d, std::uint8_t* codes, std::uint16_t* scales_minima) noexcept {
-  constexpr double kSteps = kBits == 8 ? 255.0 : 15.0;
+  Extremes e;
+  const bool good = extremes_of_channels<false>(x, tokens, d, e);
+  if (!good) extremes_of_channels<true>(x, tokens, d, e);
+  Grids grids;
   for (std::size_t c = 0; c < d; c += kLanes) {
-    Range range = range_over_tokens<false>(x + c, tokens, d);
-    const bool bad = range.bad != 0;
-    if (bad) range = range_over_tokens<true>(x + c, tokens, d);
-    const Grid grid = asymmetric(range, kSteps, scales_minima + c, scales_minima + d + c);
-    if (bad) {
-      encode_column<kBits, true>(x, tokens, d, c, grid, codes);
-    } else {
-      encode_column<kBits, false>(x, tokens, d, c, grid, codes);
-    }
+    const double steps = kBits == 8 ? 255.0 : 15.0;
+    grids.put(c, asymmetric(_mm512_load_ps(e.low + c), _mm512_load_ps(e.high + c), steps, scales_minima + c, scales_minima + d + c));
+  }
+  if (good) {
+    encode_keys<kBits, false>(x, tokens, d, grids, codes);
+  } else {
+    encode_keys<kBits, true>(x, tokens, d, grids, codes);
   }
 }
 
@@ -277,61 +339,69 @@ void dequantize_k(const std::uint8_t* codes, const std::uint16_t* scales_minima,
 
 // ---- V: per token over the channels -------------------------------------------------------------------------------
 
-struct TokenGrids {
-  alignas(64) float minimum[kBlockTokens];
-  alignas(64) float scale[kBlockTokens];
-  alignas(64) float inverse[kBlockTokens];
-
-  void put(std::size_t t, const Grid& g) noexcept {
-    _mm512_store_ps(minimum + t, g.minimum);
-    _mm512_store_ps(scale + t, g.scale);
-    _mm512_store_ps(inverse + t, g.inverse);
-  }
-  Grid of(std::size_t t) const noexcept {
-    return {_mm512_set1_ps(minimum[t]), _mm512_set1_ps(scale[t]), _mm512_set1_ps(inverse[t])};
-  }
+struct Smaller {
+  __m512 operator()(__m512 a, __m512 b) const noexcept { return _mm512_min_ps(a, b); }
+};
+struct Larger {
+  __m512 operator()(__m512 a, __m512 b) const noexcept { return _mm512_max_ps(a, b); }
 };
 
-// Extremes of one row, in all lanes still apart.
-template <bool kClean, class T>
-Range range_over_channels(const T* x, std::size_t d) noexcept {
-  __m512 low = load<kClean>(x);
-  __m512 high = low;
-  unsigned bad = _mm512_cmp_ps_mask(low, low, _CMP_UNORD_Q);
-  for (std::size_t c = kLanes; c < d; c += kLanes) {
-    const __m512 v = load<kClean>(x + c);
-    bad |= _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    low = _mm512_min_ps(low, v);
-    high = _mm512_max_ps(high, v);
+// Sixteen vectors -> one whose lane t is vector t, reduced: the first steps of a transpose with a reduction after each.
+template <class Pick>
+__m512 reduce_each(const __m512 (&v)[16], Pick pick) noexcept {
+  __m512 four[4];  // per 128-bit lane: what is left of vectors 4i .. 4i+3
+  for (std::size_t i = 0; i < 4; ++i) {
+    const __m512* w = v + 4 * i;
+    const __m512 a = pick(_mm512_unpacklo_ps(w[0], w[1]), _mm512_unpackhi_ps(w[0], w[1]));
+    const __m512 b = pick(_mm512_unpacklo_ps(w[2], w[3]), _mm512_unpackhi_ps(w[2], w[3]));
+    four[i] = pick(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xEE));
   }
-  return {low, high, static_cast<__mmask16>(bad)};
+  const __m512 a = pick(_mm512_shuffle_f32x4(four[0], four[1], 0x44), _mm512_shuffle_f32x4(four[0], four[1], 0xEE));
+  const __m512 b = pick(_mm512_shuffle_f32x4(four[2], four[3], 0x44), _mm512_shuffle_f32x4(four[2], four[3], 0xEE));
+  return pick(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
 }
 
 // Extremes of every token; false where a value is NaN or beyond fp16. Tokens that are not there get 0.
 template <bool kClean, class T>
-bool ranges_of_tokens(const T* x, std::size_t tokens, std::size_t d, float* low, float* high) noexcept {
-  unsigned bad = 0;
-  for (std::size_t t = 0; t < kBlockTokens; ++t) {
-    low[t] = 0.0F;
-    high[t] = 0.0F;
-    if (t >= tokens) continue;
-    const Range range = range_over_channels<kClean>(x + t * d, d);
-    low[t] = _mm512_reduce_min_ps(range.low);
-    high[t] = _mm512_reduce_max_ps(range.high);
-    bad |= range.bad;
-    bad |= static_cast<unsigned>(low[t] < -65504.0F) | static_cast<unsigned>(high[t] > 65504.0F);
+bool extremes_of_tokens(const T* x, std::size_t tokens, std::size_t d, Extremes& e) noexcept {
+  bool good = true;
+  for (std::size_t first = 0; first < kBlockTokens; first += 16) {
+    __m512 low[16];
+    __m512 high[16];
+    unsigned bad = 0;
+    for (std::size_t j = 0; j < 16; ++j) {
+      const T* row = first + j < tokens ? x + (first + j) * d : no_row(x);
+      const __m512 v = load<kClean>(row);
+      low[j] = high[j] = v;
+      bad |= _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+      for (std::size_t c = kLanes; c < d; c += kLanes) {
+        const __m512 w = load<kClean>(row + c);
+        bad |= _mm512_cmp_ps_mask(w, w, _CMP_UNORD_Q);
+        low[j] = _mm512_min_ps(low[j], w);
+        high[j] = _mm512_max_ps(high[j], w);
+      }
+    }
+    const __m512 lowest = reduce_each(low, Smaller{});
+    const __m512 highest = reduce_each(high, Larger{});
+    _mm512_store_ps(e.low + first, lowest);
+    _mm512_store_ps(e.high + first, highest);
+    good &= bad == 0 && !beyond_f16(lowest, highest);
   }
-  return bad == 0;
+  return good;
+}
+
+template <std::size_t kTokens, bool kSymmetric, bool kClean, class T>
+[[gnu::noinline, gnu::cold]] void encode_rows_again(const T* const (&row)[kTokens], std::size_t c, const Grid (&grid)[kTokens],
+                                                    __m512i (&code)[kTokens]) noexcept {
+  for (std::size_t j = 0; j < kTokens; ++j) code[j] = encode_again<kSymmetric>(load<kClean>(row[j] + c), grid[j], code[j]);
 }
 
 // Codes of kTokens tokens, 16 channels; rows that a short block does not have read zeros on a zero grid.
-template <std::size_t kTokens, bool kClean, class T>
-void encode_rows(const T* const (&row)[kTokens], std::size_t c, const Grid (&grid)[kTokens], __m512i (&code)[kTokens]) noexcept {
+template <std::size_t kTokens, bool kSymmetric, bool kClean, class T>
+[[gnu::always_inline]] inline void encode_rows(const T* const (&row)[kTokens], std::size_t c, const Grid (&grid)[kTokens], __m512i (&code)[kTokens]) noexcept {
   __m512 worst = _mm512_setzero_ps();
-  for (std::size_t j = 0; j < kTokens; ++j) code[j] = encode(load<kClean>(row[j] + c), grid[j], worst);
-  if (near_tie(worst)) {
-    for (std::size_t j = 0; j < kTokens; ++j) code[j] = encode_again(load<kClean>(row[j] + c), grid[j], code[j]);
-  }
+  for (std::size_t j = 0; j < kTokens; ++j) code[j] = encode<kSymmetric>(load<kClean>(row[j] + c), grid[j], worst);
+  if (near_tie(worst)) encode_rows_again<kTokens, kSymmetric, kClean>(row, c, grid, code);
 }
 
 // Four dwords of codes -> one dword of their low bytes.
@@ -352,20 +422,21 @@ __m512i join_nibbles(const __m512i (&code)[8]) noexcept {
   return _mm512_ternarylogic_epi32(word, _mm512_slli_epi32(code[3], 24), _mm512_slli_epi32(code[7], 28), kOr);
 }
 
+// kTokens = 4 for the symmetric INT8, 8 for the INT4: what fills the bytes of one word.
 template <std::size_t kTokens, bool kClean, class T>
-void encode_values(const T* x, std::size_t tokens, std::size_t d, const TokenGrids& grids, void* codes) noexcept {
+void encode_values(const T* x, std::size_t tokens, std::size_t d, const Grids& grids, void* codes) noexcept {
   constexpr std::size_t kTileBytes = kBlockTokens / kTokens * 64;
   for (std::size_t t = 0; t < kBlockTokens; t += kTokens) {
     const T* row[kTokens];
     Grid grid[kTokens];
     for (std::size_t j = 0; j < kTokens; ++j) {
       row[j] = t + j < tokens ? x + (t + j) * d : no_row(x);
-      grid[j] = grids.of(t + j);
+      grid[j] = grids.one(t + j);
     }
     auto* to = static_cast<std::uint8_t*>(codes) + t / kTokens * 64;
     for (std::size_t c = 0; c < d; c += kLanes) {
       __m512i code[kTokens];
-      encode_rows<kTokens, kClean>(row, c, grid, code);
+      encode_rows<kTokens, kTokens == 4, kClean>(row, c, grid, code);
       if constexpr (kTokens == 4) {
         _mm512_storeu_si512(to, join_bytes(code));
       } else {
@@ -378,13 +449,12 @@ void encode_values(const T* x, std::size_t tokens, std::size_t d, const TokenGri
 
 template <class T>
 void v8(const T* x, std::size_t tokens, std::size_t d, std::int8_t* codes, std::uint16_t* scales) noexcept {
-  alignas(64) float low[kBlockTokens];
-  alignas(64) float high[kBlockTokens];
-  const bool good = ranges_of_tokens<false>(x, tokens, d, low, high);
-  if (!good) ranges_of_tokens<true>(x, tokens, d, low, high);
-  TokenGrids grids;
+  Extremes e;
+  const bool good = extremes_of_tokens<false>(x, tokens, d, e);
+  if (!good) extremes_of_tokens<true>(x, tokens, d, e);
+  Grids grids;
   for (std::size_t t = 0; t < kBlockTokens; t += kLanes) {
-    const __m512 magnitude = _mm512_range_ps(_mm512_load_ps(low + t), _mm512_load_ps(high + t), 0x0B);
+    const __m512 magnitude = _mm512_range_ps(_mm512_load_ps(e.low + t), _mm512_load_ps(e.high + t), kLargerMagnitude);
     grids.put(t, symmetric(magnitude, scales + t));
   }
   if (good) {
@@ -396,14 +466,13 @@ void v8(const T* x, std::size_t tokens, std::size_t d, std::int8_t* codes, std::
 
 template <class T>
 void v4(const T* x, std::size_t tokens, std::size_t d, std::uint8_t* codes, std::uint16_t* scales_minima) noexcept {
-  alignas(64) float low[kBlockTokens];
-  alignas(64) float high[kBlockTokens];
-  const bool good = ranges_of_tokens<false>(x, tokens, d, low, high);
-  if (!good) ranges_of_tokens<true>(x, tokens, d, low, high);
-  TokenGrids grids;
+  Extremes e;
+  const bool good = extremes_of_tokens<false>(x, tokens, d, e);
+  if (!good) extremes_of_tokens<true>(x, tokens, d, e);
+  Grids grids;
   for (std::size_t t = 0; t < kBlockTokens; t += kLanes) {
-    const Range range{_mm512_load_ps(low + t), _mm512_load_ps(high + t), 0};
-    grids.put(t, asymmetric(range, 15.0, scales_minima + t, scales_minima + kBlockTokens + t));
+    grids.put(t, asymmetric(_mm512_load_ps(e.low + t), _mm512_load_ps(e.high + t), 15.0, scales_minima + t,
+                            scales_minima + kBlockTokens + t));
   }
   if (good) {
     encode_values<8, false>(x, tokens, d, grids, codes);
