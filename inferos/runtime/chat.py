@@ -142,7 +142,7 @@ def find_template(folder: Path) -> str | None:
     return None
 
 
-def check_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+def check_messages(messages: Any) -> list[dict[str, Any]]:
     """Messages as plain data of their own.
 
     Raises
