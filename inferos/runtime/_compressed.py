@@ -118,7 +118,7 @@ class CompressedSession:
             feeds[layout.position_ids] = past[:, None] + np.arange(ids.shape[1])
         if layout.attention_mask in self.types:  # something besides attention reads it
             feeds[layout.attention_mask] = np.arange(totals.max()) < totals[:, None]
-        used = {name: values.astype(self.types[name]) for name, values in feeds.items() if name in self.types}
+        used = {name: np.asarray(values, self.types[name]) for name, values in feeds.items() if name in self.types}
         try:
             logits: npt.NDArray[Any] = self.ort.run([layout.logits], used)[0]
         except ORT_ERRORS as error:
