@@ -58,7 +58,7 @@ _SHOW.maxstring = _SHOW.maxother = 60
 
 @dataclass(frozen=True, slots=True)
 class Thresholds:
-    """Shares of importance, 0..1: FP16 from `l1_int8` up, INT8 from `l2_int4`, INT4 from `l3_evict`, evictable below."""
+    """Shares of importance: FP16 from `l1_int8` up, INT8 from `l2_int4`, INT4 from `l3_evict`, below evictable"""
 
     l1_int8: float
     l2_int4: float
