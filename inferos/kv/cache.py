@@ -273,7 +273,9 @@ class KVCache:
         _core.cache.append(self.handle, layer, k, v)
 
     @overload
-    def attend(self, layer: int, q: Real, scale: float = 0.0, softcap: float = 0.0, mass: Literal[False] = False) -> Real: ...
+    def attend(
+        self, layer: int, q: Real, scale: float = 0.0, softcap: float = 0.0, mass: Literal[False] = False
+    ) -> Real: ...
 
     @overload
     def attend(
