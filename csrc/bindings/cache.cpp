@@ -1,9 +1,13 @@
 // _core.Arena, and _core.cache: sequences by handle. Validate, lease, view, unlock, call.
 
+#include <algorithm>
 #include <array>
+#include <limits>
 #include <memory>
+#include <optional>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -91,7 +95,8 @@ std::size_t option(std::int64_t value, const char* name) {
 
 Handle open(const std::vector<std::tuple<std::int64_t, std::int64_t, std::int32_t>>& layers,
             const std::vector<std::string>& formats, std::int64_t recent_window, std::int64_t sink_tokens,
-            std::int64_t max_tokens, const std::shared_ptr<Arena>& arena) {
+            std::int64_t max_tokens, const std::shared_ptr<Arena>& arena,
+            const std::optional<std::tuple<double, double, double>>& thresholds) {
   kv::CacheOptions options;
   for (const auto& [kv_heads, head_dim, local_window] : layers) {
     options.layers.push_back({option(kv_heads, "kv_heads"), option(head_dim, "head_dim"), local_window});
@@ -100,6 +105,10 @@ Handle open(const std::vector<std::tuple<std::int64_t, std::int64_t, std::int32_
   options.recent_window = option(recent_window, "recent_window");
   options.sink_tokens = option(sink_tokens, "sink_tokens");
   options.max_tokens = option(max_tokens, "max_tokens");
+  if (thresholds) {
+    const auto& [l1, l2, gamma] = *thresholds;
+    options.thresholds = kv::Thresholds{l1, l2, gamma};
+  }
   return kv::open_sequence(std::make_unique<SequenceCache>(std::move(options), arena));
 }
 
@@ -126,7 +135,7 @@ void append(Handle handle, std::size_t layer, const Array<T>& k, const Array<T>&
 
 void narrow(const float* from, std::size_t count, Half* to) { kernels::convert().f32_to_f16_saturate(from, count, &to->bits); }
 
-// Attention of the newest q.shape[0] tokens: (out, mass), mass None unless asked for.
+// Attention of the newest q.shape[0] tokens: (out, mass), mass None unless asked for. Feeds the importance scores of `auto`.
 template <class T>
 std::pair<Array<T>, py::object> attend(Handle handle, std::size_t layer, const Array<T>& q, float scale, float softcap,
                                        bool mass) {
@@ -136,10 +145,12 @@ std::pair<Array<T>, py::object> attend(Handle handle, std::size_t layer, const A
   const auto heads = static_cast<std::size_t>(q.shape(1));
   Array<T> out({tokens, heads, shape.head_dim});
   const auto visible = static_cast<std::size_t>(lease->visible_length(layer));
+  const std::size_t mass_count = shape.kv_heads * visible;
+  const bool scored = lease->wants_mass(layer);
   Array<float> received = mass ? Array<float>({shape.kv_heads, visible}) : Array<float>();
   const T* const q_data = q.data();
   T* const out_data = out.mutable_data();
-  float* const mass_data = mass ? received.mutable_data() : nullptr;
+  float* const returned_mass = mass ? received.mutable_data() : nullptr;
   const std::size_t count = size_of(q);
   {
     const py::gil_scoped_release unlocked;
@@ -147,9 +158,12 @@ std::pair<Array<T>, py::object> attend(Handle handle, std::size_t layer, const A
     std::vector<float> out_wide(std::is_same_v<T, float> ? 0 : count);
     float* result = out_wide.data();
     if constexpr (std::is_same_v<T, float>) result = out_data;
+    std::vector<float> own_mass(scored && !mass ? mass_count : 0);
+    float* const mass_data = own_mass.empty() ? returned_mass : own_mass.data();
     SerialExecutor executor;
     const attention::Row row{&*lease, widen(q_data, count, q_wide), result, tokens, mass_data};
     attention::run({&row, 1}, {layer, heads, scale, softcap}, executor);
+    if (scored) lease->fold_mass(layer, {mass_data, mass_count});
     if constexpr (!std::is_same_v<T, float>) narrow(result, count, out_data);
   }
   return {std::move(out), mass ? py::object(std::move(received)) : py::none()};
@@ -182,6 +196,18 @@ Array<std::uint8_t> formats(Handle handle, std::size_t layer, std::size_t head) 
     }
   }
   return held;
+}
+
+// Importance of every block of the grid, NaN where it is not measured.
+Array<double> scores(Handle handle, std::size_t layer, std::size_t head) {
+  const Lease lease(handle);
+  Array<double> values(static_cast<py::ssize_t>(lease->grid_blocks(layer)));
+  double* const data = values.mutable_data();
+  for (std::size_t i = 0; i < size_of(values); ++i) {
+    const double score = lease->score(layer, head, i);
+    data[i] = score < 0.0 ? std::numeric_limits<double>::quiet_NaN() : score;
+  }
+  return values;
 }
 
 py::dict by_name(const std::array<std::size_t, kernels::kFormats>& counts) {
@@ -280,7 +306,8 @@ void add_cache(py::module_& parent) {
   py::module_ m = parent.def_submodule("cache", "Sequences by handle. One thread at a time uses a sequence: BusyError.");
   using Unlocked = py::call_guard<py::gil_scoped_release>;
   m.def("open", &open, py::arg("layers"), py::arg("formats"), py::arg("recent_window"), py::arg("sink_tokens"),
-        py::arg("max_tokens"), py::arg("arena"), "layers: (kv_heads, head_dim, local_window) each -> handle");
+        py::arg("max_tokens"), py::arg("arena"), py::arg("thresholds") = py::none(),
+        "layers: (kv_heads, head_dim, local_window) each; thresholds: None or (l1, l2, gamma) -> handle");
   m.def("close", &kv::close_sequence, py::arg("handle"), Unlocked(), "Waits for a call in flight, then frees the sequence.");
   m.def("abandon", &kv::abandon, py::arg("handle"), Unlocked(), "Drops the open step; the new handle. The old one is refused.");
   m.def("open_sequences", &kv::open_sequences);
@@ -307,6 +334,7 @@ void add_cache(py::module_& parent) {
   m.def("grid_blocks", [](Handle handle, std::size_t layer) { return Lease(handle)->grid_blocks(layer); }, py::arg("handle"),
         py::arg("layer"));
   m.def("read", &read, py::arg("handle"), py::arg("layer"), py::arg("head"), py::arg("position"));
+  m.def("scores", &scores, py::arg("handle"), py::arg("layer"), py::arg("head"));
   m.def("formats", &formats, py::arg("handle"), py::arg("layer"), py::arg("head"));
   m.def("stats", &sequence_stats, py::arg("handle"));
   m.def("take_error", [](Handle handle) -> py::object {

@@ -152,7 +152,8 @@ class KVCache:
     layers : sequence of LayerSpec
         1..4096.
     kv : {"f16", "int8", "k8v4", "int4", "auto"}, default "int8"
-        What a block becomes when all of its tokens are older than the window.
+        What a block becomes when all of its tokens are older than the window; with "auto" that is INT8, and
+        reviews every 64 decoded tokens pack the least important blocks narrower.
     recent_window : int, default 64
         Newest tokens that stay FP16, 16..512; up to 63 more stay until their block is full.
     sink_tokens : int, default 4
@@ -161,6 +162,13 @@ class KVCache:
         Where the blocks live; a new one without a limit if absent.
     max_tokens : int, default 2**30
         Longest sequence.
+    thresholds : (float, float), default (1.0, 0.7)
+        For "auto": L1 and L2, 0 <= L2 <= L1 <= 1. Per layer and head at most 1 - L1 of the blocks outside the
+        window stay FP16 and at most 1 - L2 stay FP16 or INT8.
+    l2_format : {"k8v4", "int4"}, default "k8v4"
+        For "auto": the narrowest format.
+    gamma : float, default 0.997
+        For "auto": decay of the averaged attention mass, per token.
 
     Raises
     ------
@@ -177,16 +185,28 @@ class KVCache:
         sink_tokens: int = 4,
         arena: Arena | None = None,
         max_tokens: int = _DEFAULT_MAX_TOKENS,
+        thresholds: tuple[float, float] = (1.0, 0.7),
+        l2_format: str = "k8v4",
+        gamma: float = 0.997,
     ) -> None:
         if kv not in KV_FORMATS:
             raise ConfigError(f"kv: {kv!r} is not one of {', '.join(KV_FORMATS)}")
+        if l2_format not in ("k8v4", "int4"):
+            raise ConfigError(f"l2_format: {l2_format!r} is not one of k8v4, int4")
         self.layers = tuple(layers)
         self.kv = kv
         self.arena = Arena() if arena is None else arena
         shapes = [(layer.kv_heads, layer.head_dim, layer.local_window) for layer in self.layers]
+        narrowest = l2_format if kv == "auto" else kv
         self._own(
             _core.cache.open(
-                shapes, [kv] * len(shapes), recent_window, sink_tokens, max_tokens, self.arena._native
+                shapes,
+                [narrowest] * len(shapes),
+                recent_window,
+                sink_tokens,
+                max_tokens,
+                self.arena._native,
+                (*thresholds, gamma) if kv == "auto" else None,
             )
         )
 
@@ -253,7 +273,9 @@ class KVCache:
         _core.cache.append(self.handle, layer, k, v)
 
     @overload
-    def attend(self, layer: int, q: Real, scale: float = 0.0, softcap: float = 0.0, mass: Literal[False] = False) -> Real: ...
+    def attend(
+        self, layer: int, q: Real, scale: float = 0.0, softcap: float = 0.0, mass: Literal[False] = False
+    ) -> Real: ...
 
     @overload
     def attend(
@@ -263,7 +285,7 @@ class KVCache:
     def attend(
         self, layer: int, q: Real, scale: float = 0.0, softcap: float = 0.0, mass: bool = False
     ) -> Real | tuple[Real, Float32]:
-        """Causal attention of the newest tokens over everything their layer holds.
+        """Causal attention of the newest tokens over everything their layer holds. Feeds the scores of "auto".
 
         Parameters
         ----------
@@ -368,6 +390,10 @@ class KVCache:
     def formats(self, layer: int, head: int) -> npt.NDArray[np.uint8]:
         """Format of every visible position (tokens,): an index of `KV_FORMATS`, 255 where it is not held any more."""
         return _core.cache.formats(self.handle, layer, head)
+
+    def scores(self, layer: int, head: int) -> npt.NDArray[np.float64]:
+        """Importance of every block of the grid (blocks,), NaN where it is not measured; only "auto" measures it."""
+        return _core.cache.scores(self.handle, layer, head)
 
     def stats(self) -> KVStats:
         """What the sequence holds now."""
