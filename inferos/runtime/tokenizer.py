@@ -84,7 +84,7 @@ class TextTokenizer:
     def special_tokens(self) -> dict[str, int]:
         """Text -> id of the tokens that are never part of the text."""
         added = self._tokenizer.get_added_tokens_decoder()
-        return {token.content: id for id, token in added.items() if token.special}
+        return {token.content: number for number, token in added.items() if token.special}
 
     @cached_property
     def named_tokens(self) -> dict[str, str]:
