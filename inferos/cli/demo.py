@@ -62,7 +62,8 @@ def demo(
         words=reference_words(),
         filler=recall.default_filler(),
         first_token=0,
-        questions=8 if context >= 512 else 2,
+        documents=1,
+        questions=16 if context >= 512 else 2,
         seed=seed,
     )
     asked = sum(len(prompt.ids) for prompt in questions)

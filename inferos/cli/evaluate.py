@@ -185,7 +185,8 @@ def _questions(layout: ModelLayout, length: int, seed: int) -> list[Prompt]:
         words=reference_words(),
         filler=recall.default_filler(),
         first_token=int(front[0]) if layout.bos_id is not None and int(front[0]) == layout.bos_id else None,
-        questions=8 if length >= 512 else 2,
+        documents=1,
+        questions=16 if length >= 512 else 2,
         seed=seed,
     )
 

@@ -37,12 +37,15 @@ class TextStream(Protocol):
     @property
     def pending(self) -> bool:
         """Whether bytes of an unfinished character are held."""
+        ...
 
     def push(self, token: int) -> str:
         """The text that became certain with this id; often one piece, sometimes nothing."""
+        ...
 
     def flush(self) -> str:
         """What is held at the end: U+FFFD for an unfinished character, else nothing."""
+        ...
 
 
 class TextTokenizer:
