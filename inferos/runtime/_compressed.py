@@ -44,7 +44,8 @@ class CompressedSession:
         self.layout = layout
         self.arena = arena
         self.prefill_chunk = prefill_chunk
-        self._cache_options = {"recent_window": recent_window, "sink_tokens": sink_tokens}
+        self._recent_window = recent_window
+        self._sink_tokens = sink_tokens
         self._specs = [LayerSpec(layer.kv_heads, layer.head_dim, layer.local_window) for layer in layout.layers]
         # Wrong options show here, before the weights are read.
         self.new_cache().close()
@@ -71,7 +72,14 @@ class CompressedSession:
     def new_cache(self) -> KVCache:
         """An empty cache of the model's shape."""
         context = self.layout.context_length
-        return KVCache(self._specs, kv=self.kv, arena=self.arena, max_tokens=context, **self._cache_options)
+        return KVCache(
+            self._specs,
+            kv=self.kv,
+            recent_window=self._recent_window,
+            sink_tokens=self._sink_tokens,
+            arena=self.arena,
+            max_tokens=context,
+        )
 
     def step(self, sequences: Collection[TokenSequence], ids: Ids) -> Float32:
         """One token for each sequence, in one run; see `DecoderSession.step`.
@@ -162,7 +170,8 @@ class CompressedSequence:
 
     def feed(self, ids: Ids) -> Float32:
         """Logits (vocab_size,) after the last id. See `TokenSequence.feed`."""
-        return self._feed(ids, keep_all=False)[-1]
+        last: Float32 = self._feed(ids, keep_all=False)[-1]
+        return last
 
     def feed_all(self, ids: Ids) -> Float32:
         """Logits (tokens, vocab_size) after each id. See `TokenSequence.feed_all`."""

@@ -100,8 +100,8 @@ cdef class SamplerCore:
         for i in range(ids.shape[0]):
             self._saw(ids[i])
 
-    def accept(self, int64_t id):
-        self._saw(id)
+    def accept(self, int64_t token):
+        self._saw(token)
         self.draws += 1
 
     def next(self, const float[::1] logits):

@@ -59,17 +59,90 @@ _STATEMENTS = (
     nodes.Continue,
     nodes.Scope,
 )
-_FILTERS = (
-    "abs capitalize count d default dictsort first float groupby int items last length list lower map max min reject"
-    " rejectattr reverse select selectattr sort string title unique upper"
-).split()
+_FILTERS = [
+    "abs",
+    "capitalize",
+    "count",
+    "d",
+    "default",
+    "dictsort",
+    "first",
+    "float",
+    "groupby",
+    "int",
+    "items",
+    "last",
+    "length",
+    "list",
+    "lower",
+    "map",
+    "max",
+    "min",
+    "reject",
+    "rejectattr",
+    "reverse",
+    "select",
+    "selectattr",
+    "sort",
+    "string",
+    "title",
+    "unique",
+    "upper",
+]
 _STR_METHODS = frozenset(
-    "capitalize casefold count endswith find format index isalnum isalpha isdecimal isdigit islower isnumeric isspace"
-    " isupper join lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition rsplit rstrip split"
-    " splitlines startswith strip swapcase title upper".split()
+    [
+        "capitalize",
+        "casefold",
+        "count",
+        "endswith",
+        "find",
+        "format",
+        "index",
+        "isalnum",
+        "isalpha",
+        "isdecimal",
+        "isdigit",
+        "islower",
+        "isnumeric",
+        "isspace",
+        "isupper",
+        "join",
+        "lower",
+        "lstrip",
+        "partition",
+        "removeprefix",
+        "removesuffix",
+        "replace",
+        "rfind",
+        "rindex",
+        "rpartition",
+        "rsplit",
+        "rstrip",
+        "split",
+        "splitlines",
+        "startswith",
+        "strip",
+        "swapcase",
+        "title",
+        "upper",
+    ]
 )
 _LOOP = frozenset(
-    "changed cycle depth depth0 first index index0 last length nextitem previtem revindex revindex0".split()
+    [
+        "changed",
+        "cycle",
+        "depth",
+        "depth0",
+        "first",
+        "index",
+        "index0",
+        "last",
+        "length",
+        "nextitem",
+        "previtem",
+        "revindex",
+        "revindex0",
+    ]
 )
 _ATTRIBUTES: tuple[tuple[type, frozenset[str]], ...] = (
     (str, _STR_METHODS),
@@ -80,7 +153,14 @@ _ATTRIBUTES: tuple[tuple[type, frozenset[str]], ...] = (
 )
 _ATOMS = (str, int, float, bool, type(None), jinja2.Undefined)
 # The last three are the views that a dict's own methods give.
-_CONTAINERS: tuple[type[Collection[Any]], ...] = (dict, list, tuple, type({}.keys()), type({}.values()), type({}.items()))
+_CONTAINERS: tuple[type[Collection[Any]], ...] = (
+    dict,
+    list,
+    tuple,
+    type({}.keys()),
+    type({}.values()),
+    type({}.items()),
+)
 
 
 class Budget:
@@ -326,7 +406,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
             result = self._call_str(obj.__name__, owner, args, given)
         elif isinstance(owner, (dict, list, tuple)):
             result = obj(*args, **given)
-        elif isinstance(obj, (jinja2.runtime.Macro, jinja2.runtime.LoopContext)) or any(obj is c for c in self._callables):
+        elif isinstance(obj, (jinja2.runtime.Macro, jinja2.runtime.LoopContext)) or any(
+            obj is c for c in self._callables
+        ):
             result = super().call(context, obj, *args, **kwargs)
         elif isinstance(owner, jinja2.runtime.LoopContext):
             result = obj(*args, **given)
@@ -430,9 +512,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             raise SecurityError("it asks for JSON with a deep indent")
         if separators is not None and sum(len(_text(part)) for part in separators) > 16:
             raise SecurityError("it asks for JSON with long separators")
-        encoder = json.JSONEncoder(
-            ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-        )
+        encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
         parts: list[str] = []
         size = 0
         for part in encoder.iterencode(value):
