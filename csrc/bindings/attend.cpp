@@ -6,6 +6,8 @@
 #include <string>
 #include <vector>
 
+#include <pybind11/stl.h>
+
 #include "bindings/bindings.hpp"
 #include "core/error.hpp"
 #include "kernels/attend.hpp"

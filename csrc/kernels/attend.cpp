@@ -11,6 +11,7 @@ namespace {
 constexpr std::array kAll{
     Attend{Isa::kScalar, scalar::attend_decode, scalar::attend_expand, scalar::attend_prefill},
 #if defined(INFEROS_X86)
+    Attend{Isa::kAvx2, avx2::attend_decode, avx2::attend_expand, avx2::attend_prefill},
     Attend{Isa::kAvx512Vnni, avx512vnni::attend_decode, avx512vnni::attend_expand, avx512vnni::attend_prefill},
 #endif
 };

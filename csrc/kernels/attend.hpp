@@ -26,8 +26,10 @@
 //     F16   o[d] = fma over t = lo..hi-1 ascending of p[t] * V[t][d], starting from o[d] * alpha
 //     V8    r[t] = p[t] * vscale[t]; b = max r; P[t] = rint(r[t] * (255 / b)) in 0..255 (all 0 where b < 2^-100)
 //           o[d] = fma(float(sum_t P[t] * code[d][t]), b / 255, o[d] * alpha)
-//     V4    the same with the u4 codes, and the bias  c = reduce16(sum_t p[t] * vmin[t])  is added to every channel:
-//           o[d] = fma(float(sum), b / 255, o[d] * alpha) + c
+//     V4    the same with code - 8, and the bias  c = reduce16(sum_t p[t] * fma(vscale[t], 8, vmin[t]))  is added to every channel:
+//           o[d] = fma(float(sum_t P[t] * (code[d][t] - 8)), b / 255, o[d] * alpha) + c
+//           (Centred, because the rounding of P times the mean of the codes would be the same error in every rotated channel,
+//           and the rotation would put all of it into one channel. 2.5 times less error for one integer per head and block.)
 //   A rotated format (K8V4, INT4) leaves o in the rotated domain: the caller visits those blocks first and rotates o once.
 //
 // Prefill: blocks are expanded once into f32 tiles and multiplied for many rows. A row that sees no token of the tile is left as it is.

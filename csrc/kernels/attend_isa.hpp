@@ -15,6 +15,7 @@ inline constexpr float kSmallestMaximum = 0x1p-100F;  // below it a vector of we
 inline constexpr float kWideLevels = 16256.0F;        // 128 * 127: what hi and lo halves can hold
 inline constexpr float kNarrowLevels = 127.0F;
 inline constexpr float kWeightLevels = 255.0F;
+inline constexpr std::int32_t kNibbleCentre = 8;
 inline constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
 struct TokenRange {  // tokens [lo, hi) of a block; empty where hi <= lo

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "kv/room.hpp"
+
 namespace inferos::kv {
 namespace {
 
@@ -23,9 +25,7 @@ std::size_t Grid::prepare(std::int64_t length) {
   const std::int64_t missing = length - end() - last_room();
   if (missing <= 0) return 0;
   const std::size_t count = static_cast<std::size_t>((missing + kFull - 1) / kFull);
-  if (entries_.size() + count > entries_.capacity()) {
-    entries_.reserve(std::max(entries_.size() + count, 2 * entries_.capacity()));
-  }
+  make_room(entries_, count);
   return count;
 }
 

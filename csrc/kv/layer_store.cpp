@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "kernels/codec.hpp"
+#include "kv/room.hpp"
 
 namespace inferos::kv {
 namespace {
@@ -13,11 +14,6 @@ constexpr std::size_t index_of(Format format) noexcept { return static_cast<std:
 constexpr std::size_t kF16 = index_of(Format::kF16);
 
 std::size_t sink_capacity(std::size_t sink_tokens) noexcept { return (sink_tokens + 15) / 16 * 16; }
-
-template <class T>
-void make_room(std::vector<T>& list, std::size_t more) {
-  if (list.size() + more > list.capacity()) list.reserve(std::max(list.size() + more, 2 * list.capacity()));
-}
 
 BlockView view_of(const Block& block, std::int32_t start, std::size_t end) noexcept {
   return {block.data(), start, 0, static_cast<std::uint16_t>(end), block.capacity()};
@@ -33,8 +29,14 @@ std::vector<BlockView>::iterator at_start(std::vector<BlockView>& views, std::in
 LayerStore::LayerStore(const LayerShape& shape, Format leaving, std::size_t sink_tokens)
     : shape_(shape), leaving_(leaving), sink_tokens_(sink_tokens), heads_(shape.kv_heads), streams_(shape.kv_heads) {}
 
-Reservation LayerStore::reserve(Arena& arena, const Grid& grid, std::size_t fresh, bool sinks) {
+Reservation LayerStore::reserve(Arena& arena, const Grid& grid, std::vector<Demotion> demotions, std::size_t fresh,
+                                bool sinks) {
   Reservation taken;
+  for (Demotion& demotion : demotions) {
+    demotion.block = std::make_shared<Block>(arena, demotion.format, shape_.head_dim, kBlockTokens);
+    make_room(streams_[demotion.head].by_format[index_of(demotion.format)], demotions.size());
+  }
+  taken.demotions = std::move(demotions);
   std::size_t packed = 0;
   for (std::size_t index = std::max(settled_, first_); index < grid.due() && leaving_ != Format::kF16; ++index) {
     for (const Head& head : heads_) {
@@ -52,22 +54,28 @@ Reservation LayerStore::reserve(Arena& arena, const Grid& grid, std::size_t fres
   for (std::size_t h = 0; h < heads_.size(); ++h) {
     make_room(heads_[h].blocks, fresh);
     make_room(streams_[h].by_format[kF16], fresh + 1);
-    make_room(streams_[h].by_format[index_of(leaving_)], packed);
+    make_room(streams_[h].by_format[index_of(leaving_)], packed + taken.demotions.size());
   }
   return taken;
 }
 
-void LayerStore::settle(const Grid& grid, std::span<BlockPtr> packed) {
+void LayerStore::settle(const Grid& grid, Reservation& reservation) {
   std::size_t next = 0;
   for (std::size_t index = std::max(settled_, first_); index < grid.due() && leaving_ != Format::kF16; ++index) {
     for (std::size_t h = 0; h < heads_.size(); ++h) {
       const Block& old = *heads_[h].blocks[index - first_];
       if (old.format() != Format::kF16) continue;
-      convert_block(old, grid[index].tokens, shape_.head_dim, *packed[next]);
-      replace(h, grid[index], index, std::move(packed[next++]));
+      convert_block(old, grid[index].tokens, shape_.head_dim, *reservation.packed[next]);
+      replace(h, grid[index], index, std::move(reservation.packed[next++]));
     }
   }
   settled_ = std::max(settled_, grid.due());
+  for (Demotion& demotion : reservation.demotions) {
+    const Block& old = *heads_[demotion.head].blocks[demotion.index - first_];
+    if (old.format() >= demotion.format) continue;  // what was due has just become that narrow
+    convert_block(old, grid[demotion.index].tokens, shape_.head_dim, *demotion.block);
+    replace(demotion.head, grid[demotion.index], demotion.index, std::move(demotion.block));
+  }
 }
 
 void LayerStore::place(Reservation& reservation) noexcept {
@@ -208,7 +216,10 @@ void LayerStore::count(TierBytes& total) const noexcept {
     if (heads_[h].sink != nullptr) add(heads_[h].sink);
     for (const BlockPtr& block : heads_[h].blocks) add(block);
     for (std::size_t f = 0; f < kernels::kFormats; ++f) {
-      for (const BlockView& view : streams_[h].by_format[f]) total.tokens[f] += view.end;
+      for (const BlockView& view : streams_[h].by_format[f]) {
+        total.tokens[f] += view.end;
+        total.elements += view.end * 2 * shape_.head_dim;
+      }
     }
   }
 }

@@ -28,12 +28,23 @@ struct TierBytes {
   std::array<std::size_t, kernels::kFormats> blocks;  // by Format, all layers and heads
   std::array<std::size_t, kernels::kFormats> bytes;   // as held in the arena; shared blocks count once per holder
   std::array<std::size_t, kernels::kFormats> tokens;  // token-heads: valid tokens summed over layers and heads
+  std::size_t elements;                               // K and V values of those tokens
   std::size_t shared_bytes;                           // part of `bytes` that a fork shares
+  std::size_t score_bytes;                            // importance scores
+};
+
+// A block of one head that is to become narrower.
+struct Demotion {
+  std::size_t head;
+  std::size_t index;  // in the grid
+  Format format;
+  BlockPtr block;     // where it goes to
 };
 
 // Memory one step may need in one layer, taken before the step changes anything.
 struct Reservation {
   std::vector<BlockPtr> packed;  // for the blocks that are due: by grid index, then head
+  std::vector<Demotion> demotions;
   std::vector<BlockPtr> sinks;   // one per head, or none
   std::vector<BlockPtr> fresh;   // by grid index, then head
 };
@@ -48,10 +59,10 @@ class LayerStore {
   std::size_t first() const noexcept { return first_; }  // first grid index still held
 
   bool is_behind(const Grid& grid) const noexcept { return settled_ < grid.due(); }
-  // Blocks for what is due and for `fresh` new grid entries (and the sinks, where `sinks`), and room in every list.
-  Reservation reserve(Arena& arena, const Grid& grid, std::size_t fresh, bool sinks);
-  // Packs what is due; then takes over the new blocks, empty as yet.
-  void settle(const Grid& grid, std::span<BlockPtr> packed);
+  // Blocks for what is due, for `demotions`, for `fresh` new grid entries (and the sinks, where `sinks`), and room in every list.
+  Reservation reserve(Arena& arena, const Grid& grid, std::vector<Demotion> demotions, std::size_t fresh, bool sinks);
+  // Packs what is due, then what was demoted; then takes over the new blocks, empty as yet.
+  void settle(const Grid& grid, Reservation& reservation);
   void place(Reservation& reservation) noexcept;
   // Tokens from..to-1 of the grid, which covers them already. k, v: [to - from][kv_heads][head_dim].
   void write(const Grid& grid, std::int64_t from, std::int64_t to, const float* k, const float* v) noexcept;
@@ -60,6 +71,7 @@ class LayerStore {
   void truncate(const Grid& grid, std::int64_t length) noexcept;
   // Frees blocks before `position`, never the last one.
   void forget_before(const Grid& grid, std::int64_t position) noexcept;
+  Format format(std::size_t head, std::size_t index) const noexcept { return heads_[head].blocks[index - first_]->format(); }
   // Whether a head holds block `index` packed.
   bool any_packed(std::size_t index) const noexcept;
   bool demote(Arena& arena, const Grid& grid, std::size_t head, std::size_t index, Format format);

@@ -32,6 +32,13 @@ void check(const CacheOptions& options) {
     throw Error(ErrorCode::kShape, "SequenceCache: " + text(options.formats.size()) + " formats for " +
                                        text(options.layers.size()) + " layers");
   }
+  if (options.thresholds) {
+    const auto& [l1, l2, gamma] = *options.thresholds;
+    if (!(0.0 <= l2 && l2 <= l1 && l1 <= 1.0) || !(0.0 < gamma && gamma < 1.0)) {
+      throw Error(ErrorCode::kConfig, "SequenceCache: thresholds l1 " + std::to_string(l1) + ", l2 " + std::to_string(l2) +
+                                          ", gamma " + std::to_string(gamma) + ": wanted 0 <= l2 <= l1 <= 1, 0 < gamma < 1");
+    }
+  }
   for (std::size_t i = 0; i < options.layers.size(); ++i) {
     const LayerShape& layer = options.layers[i];
     const std::string where = "layer " + text(i) + ": ";
@@ -50,12 +57,23 @@ void check(const CacheOptions& options) {
   }
 }
 
+struct LayerStep {
+  Reservation blocks;
+  std::vector<ScorePtr> scores;
+};
+
 // Memory taken for the open step, and how far it is.
 struct Step {
-  std::int64_t tokens = 0;            // 0 = none is open
-  std::size_t appended = 0;           // layers
-  std::vector<Reservation> reserved;  // per layer, or empty where nothing had to be taken
+  std::int64_t tokens = 0;          // 0 = none is open
+  std::size_t appended = 0;         // layers
+  std::vector<LayerStep> reserved;  // per layer, or empty where nothing had to be taken
 };
+
+// What a block of this layer becomes when it leaves the window.
+Format leaving(const CacheOptions& options, std::size_t layer) noexcept {
+  if (!options.thresholds) return options.formats[layer];
+  return options.thresholds->l1 >= 1.0 ? std::min(Format::kInt8, options.formats[layer]) : Format::kF16;
+}
 
 }  // namespace
 
@@ -68,6 +86,7 @@ struct SequenceCache::State {
   std::vector<std::uint64_t> appended_in;  // per layer: the last step_number it appended in
   std::array<Grid, 2> grids;               // layers with sinks; sliding-window layers
   std::vector<LayerStore> layers;
+  std::vector<LayerScores> scores;         // per layer, or empty without thresholds
 
   State(CacheOptions given, std::shared_ptr<Arena> memory)
       : options(std::move(given)),
@@ -95,7 +114,7 @@ struct SequenceCache::State {
   }
 
   // Everything a step of `tokens` tokens may need, for all layers. Throws Error{kBudget} with the cache unchanged.
-  std::vector<Reservation> reserve(std::int64_t tokens) {
+  std::vector<LayerStep> reserve(std::int64_t tokens) {
     const std::int64_t end = length + tokens;
     std::array<std::size_t, 2> fresh{};
     for (std::size_t kind = 0; kind < grids.size(); ++kind) {
@@ -103,14 +122,21 @@ struct SequenceCache::State {
       fresh[kind] = grids[kind].prepare(end);
     }
     const bool sinks = length == 0 && options.sink_tokens > 0;
-    const bool behind = std::any_of(layers.begin(), layers.end(), [&](const LayerStore& layer) {
-      return layer.is_behind(grids[layer.shape().local_window >= 0 ? 1 : 0]);
-    });
-    std::vector<Reservation> reserved;
+    bool behind = std::any_of(scores.begin(), scores.end(), [](const LayerScores& layer) { return layer.has_backlog(); });
+    for (std::size_t i = 0; i < layers.size() && !behind; ++i) behind = layers[i].is_behind(grid(i));
+    std::vector<LayerStep> reserved;
     if (!sinks && !behind && fresh[0] == 0 && fresh[1] == 0) return reserved;  // most decode steps
     reserved.reserve(layers.size());
     for (std::size_t i = 0; i < layers.size(); ++i) {
-      reserved.push_back(layers[i].reserve(*arena, grid(i), fresh[slides(i) ? 1 : 0], sinks && !slides(i)));
+      const std::size_t entries = fresh[slides(i) ? 1 : 0];
+      std::vector<Demotion> demotions;
+      LayerStep taken;
+      if (!scores.empty()) {
+        demotions = scores[i].next_demotions(layers[i], length);
+        taken.scores = scores[i].reserve(*arena, entries);
+      }
+      taken.blocks = layers[i].reserve(*arena, grid(i), std::move(demotions), entries, sinks && !slides(i));
+      reserved.push_back(std::move(taken));
     }
     return reserved;
   }
@@ -118,7 +144,13 @@ struct SequenceCache::State {
   void truncate(std::int64_t to) noexcept {
     for (Grid& g : grids) g.truncate(to);
     for (std::size_t i = 0; i < layers.size(); ++i) layers[i].truncate(grid(i), to);
+    for (std::size_t i = 0; i < scores.size(); ++i) scores[i].truncate(grid(i));
     length = to;
+  }
+
+  void set_back(std::int64_t to) noexcept {
+    truncate(to);
+    for (LayerScores& layer : scores) layer.set_back(to);
   }
 
   // A block that is packed in one layer takes no more tokens in any.
@@ -142,7 +174,8 @@ SequenceCache::SequenceCache(CacheOptions options, std::shared_ptr<Arena> arena)
   State& s = *state_;
   s.layers.reserve(s.options.layers.size());
   for (std::size_t i = 0; i < s.options.layers.size(); ++i) {
-    s.layers.emplace_back(s.options.layers[i], s.options.formats[i], s.slides(i) ? 0 : s.options.sink_tokens);
+    s.layers.emplace_back(s.options.layers[i], leaving(s.options, i), s.slides(i) ? 0 : s.options.sink_tokens);
+    if (s.options.thresholds) s.scores.emplace_back(s.options.layers[i], *s.options.thresholds, s.options.formats[i]);
   }
 }
 
@@ -213,11 +246,16 @@ void SequenceCache::append(std::size_t layer, const float* k, const float* v) {
   }
   LayerStore& store = s.layers[layer];
   if (!s.step.reserved.empty()) {
-    Reservation& reservation = s.step.reserved[layer];
-    store.settle(s.grid(layer), reservation.packed);
-    store.place(reservation);
+    LayerStep& taken = s.step.reserved[layer];
+    store.settle(s.grid(layer), taken.blocks);
+    store.place(taken.blocks);
+    if (!s.scores.empty()) {
+      s.scores[layer].demoted(s.length);
+      s.scores[layer].place(taken.scores);
+    }
   }
   store.write(s.grid(layer), s.length, s.length + s.step.tokens, k, v);
+  if (!s.scores.empty()) s.scores[layer].write(s.grid(layer), s.length, s.length + s.step.tokens, v);
   s.appended_in[layer] = s.step_number;
   s.step.appended += 1;
 }
@@ -230,9 +268,13 @@ void SequenceCache::commit() {
                                                                text(s.layers.size()) + " layers have appended");
   }
   s.length += s.step.tokens;
+  const bool decoded = s.step.tokens == 1;  // during prefill no block goes below what it became on leaving the window
   s.step = Step{};
   for (std::size_t i = 0; i < s.layers.size(); ++i) {
     if (s.slides(i)) s.layers[i].forget_before(s.grids[1], s.length - s.options.layers[i].local_window);
+    if (s.scores.empty()) continue;
+    s.scores[i].forget_before(s.layers[i].first());
+    if (decoded) s.scores[i].review(s.grid(i), s.layers[i], s.length);
   }
 }
 
@@ -241,6 +283,32 @@ void SequenceCache::rollback() noexcept {
   if (s.step.tokens == 0) return;
   s.step = Step{};
   s.truncate(s.length);
+}
+
+bool SequenceCache::wants_mass(std::size_t layer) const {
+  const State& s = *state_;
+  s.check_layer("wants_mass", layer);
+  return !s.scores.empty() && s.has_appended(layer) && s.scores[layer].wants_mass(s.grid(layer), s.length + s.step.tokens);
+}
+
+void SequenceCache::fold_mass(std::size_t layer, std::span<const float> mass) {
+  if (!wants_mass(layer)) return;
+  State& s = *state_;
+  const std::int64_t visible = s.length + s.step.tokens;
+  const std::size_t wanted = s.options.layers[layer].kv_heads * static_cast<std::size_t>(visible);
+  if (mass.size() != wanted) {
+    throw Error(ErrorCode::kShape, "fold_mass: " + text(mass.size()) + " values, wanted " + text(wanted));
+  }
+  s.scores[layer].fold(s.grid(layer), mass, visible);
+}
+
+double SequenceCache::score(std::size_t layer, std::size_t head, std::size_t index) const {
+  const State& s = *state_;
+  s.check_layer("score", layer);
+  if (head >= s.options.layers[layer].kv_heads || index >= s.grid(layer).size()) {
+    throw Error(ErrorCode::kShape, "score: head " + text(head) + ", block " + text(index) + " of " + text(s.grid(layer).size()));
+  }
+  return s.scores.empty() ? -1.0 : s.scores[layer].score(s.grid(layer), head, index);
 }
 
 std::span<const HeadStreams> SequenceCache::streams(std::size_t layer) const {
@@ -261,13 +329,13 @@ void SequenceCache::rewind(std::int64_t length) {
   }
   rollback();
   if (length == s.length) return;
-  s.truncate(length);
+  s.set_back(length);
   s.close_packed_ends();
 }
 
 void SequenceCache::clear() {
   rollback();
-  state_->truncate(0);
+  state_->set_back(0);
 }
 
 std::unique_ptr<SequenceCache> SequenceCache::fork() const {
@@ -278,6 +346,7 @@ std::unique_ptr<SequenceCache> SequenceCache::fork() const {
   c.length = s.length;
   c.grids = s.grids;
   for (std::size_t i = 0; i < s.layers.size(); ++i) c.layers[i] = s.layers[i].fork(*s.arena);
+  for (std::size_t i = 0; i < s.scores.size(); ++i) c.scores[i] = s.scores[i].fork(*s.arena);
   return copy;
 }
 
@@ -322,11 +391,14 @@ TierBytes SequenceCache::tier_bytes() const {
       total.bytes[static_cast<std::size_t>(block->format())] += block->bytes();
     }
   };
-  for (const Reservation& reservation : state_->step.reserved) {
-    add(reservation.packed);
-    add(reservation.sinks);
-    add(reservation.fresh);
+  for (const LayerStep& taken : state_->step.reserved) {
+    add(taken.blocks.packed);
+    add(taken.blocks.sinks);
+    add(taken.blocks.fresh);
+    for (const Demotion& demotion : taken.blocks.demotions) add({demotion.block});
+    for (const ScorePtr& record : taken.scores) total.score_bytes += record == nullptr ? 0 : ScoreRecord::kBytes;
   }
+  for (const LayerScores& layer : state_->scores) total.score_bytes += layer.bytes();
   return total;
 }
 

@@ -16,11 +16,13 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <vector>
 
 #include "core/arena.hpp"
 #include "kernels/block.hpp"
+#include "kv/importance.hpp"
 #include "kv/layer_store.hpp"
 
 namespace inferos::kv {
@@ -28,6 +30,9 @@ namespace inferos::kv {
 struct CacheOptions {
   std::vector<LayerShape> layers;       // 1..4096
   std::vector<Format> formats;          // per layer: what a block becomes when it leaves the window; kF16 = it stays
+  // `auto`: a block becomes INT8 when it leaves the window (stays FP16 where l1 < 1); reviews (importance.hpp) then pack it narrower
+  // by importance, at most to the layer's format.
+  std::optional<Thresholds> thresholds{};
   std::size_t recent_window = 64;       // 16..512 tokens
   std::size_t sink_tokens = 4;          // 0..64
   std::size_t max_tokens = 1u << 30;    // Error{kShape} beyond it
@@ -59,6 +64,13 @@ class SequenceCache {
   void append(std::size_t layer, const float* k, const float* v);
   void commit();                                  // Error{kSequence} unless every layer has appended
   void rollback() noexcept;
+
+  // Whether the attention of this layer's appended step should yield its mass; and that mass, [kv_heads][visible_length(layer)].
+  // fold_mass ignores what is not wanted. Error{kShape}.
+  bool wants_mass(std::size_t layer) const;
+  void fold_mass(std::size_t layer, std::span<const float> mass);
+  // Importance of a block of the grid; < 0 where it is not measured.
+  double score(std::size_t layer, std::size_t head, std::size_t index) const;
 
   // Streams of the layer's heads, the open step's tokens included once appended.
   std::span<const HeadStreams> streams(std::size_t layer) const;

@@ -71,6 +71,13 @@ class Trace:
     kv_elements: int
     tokens_per_s: float | None
 
+    @property
+    def ppl(self) -> float:
+        """Perplexity of the scored tokens."""
+        tokens = self.ids[self.prompt :]
+        nll = [-float(_log_softmax(row)[token]) for row, token in zip(self.logits, tokens, strict=True)]
+        return _exp(sum(nll) / len(nll))
+
 
 @dataclass(frozen=True, slots=True)
 class Measures:

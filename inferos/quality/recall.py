@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 # The tasks with one answer a document get this many times as many documents.
-_SINGLE_ANSWER = {"passkey": 2, "copy": 2}
+_SINGLE_ANSWER = {"passkey": 3, "copy": 3}
 _FULL, _AIM, _ATTEMPTS = 0.96, 0.98, 8  # share of the length that is long enough, and to aim at
 _Z95 = 1.959963984540054
 
@@ -57,6 +57,7 @@ class TextEncoder(Protocol):
 
     def encode(self, sequence: str, *, add_special_tokens: bool) -> Encoding:
         """Ids of a text."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +158,7 @@ def prepare(
         Put in front of every document; the reference model needs its token 0 there.
     tasks : sequence of str
     documents : int, default 2
-        Documents a task; tasks with one answer a document get twice as many.
+        Documents a task; tasks with one answer a document get three times as many.
     questions : int, default 8
         Questions a document, where the task has several.
     seed : int, default 0

@@ -7,9 +7,10 @@ import io
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from inferos import errors
+from inferos import errors, kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -57,4 +58,6 @@ def test_block_sizes_are_those_of_the_layout() -> None:
     rows = [[int(cell) for cell in re.findall(r"\d+", line)] for line in table.splitlines() if re.match(r"\| \d", line)]
     assert [row[0] for row in rows] == [16, 32, 64, 80, 96, 128, 192, 256]
     for head_dim, *sizes in rows:
-        assert sizes == [block_bytes(kv, head_dim) for kv in ("f16", "int8", "k8v4", "int4")]
+        rows_of_zeros = np.zeros((64, head_dim), np.float32)
+        packed = [kernels.pack_block(kv, rows_of_zeros, rows_of_zeros) for kv in ("f16", "int8", "k8v4", "int4")]
+        assert sizes == [block.nbytes for block in packed]

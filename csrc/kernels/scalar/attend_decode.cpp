@@ -74,16 +74,19 @@ void packed_values(const DecodeTask& task, const BlockView& block, const float (
   for (std::size_t t = 0; t < kT; ++t) {
     r[t] = p[t] * half_at(scales, t);
     b = r[t] > b ? r[t] : b;
-    if (!wide) lanes[t % kLanes] = std::fma(p[t], half_at(scales, kT + t), lanes[t % kLanes]);
+    if (wide) continue;
+    const float centre = std::fma(half_at(scales, t), static_cast<float>(kNibbleCentre), half_at(scales, kT + t));
+    lanes[t % kLanes] = std::fma(p[t], centre, lanes[t % kLanes]);
   }
   std::int32_t weights[kT];
   for (std::size_t t = 0; t < kT; ++t) {
     weights[t] = b < kSmallestMaximum ? 0 : to_code(r[t] * (kWeightLevels / b), kWeightLevels);
   }
   const float bias = reduce16(lanes);
+  const std::int32_t centre = wide ? 0 : kNibbleCentre;
   for (std::size_t c = 0; c < task.d; ++c) {
     std::int32_t sum = 0;
-    for (std::size_t t = 0; t < kT; ++t) sum += weights[t] * v_code(codes, wide, t, c);
+    for (std::size_t t = 0; t < kT; ++t) sum += weights[t] * (v_code(codes, wide, t, c) - centre);
     o[c] = std::fma(static_cast<float>(sum), b / kWeightLevels, o[c] * alpha);
     if (!wide) o[c] += bias;
   }

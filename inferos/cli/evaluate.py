@@ -1,0 +1,194 @@
+"""`inferos eval`: what the cache formats cost on any model, against its uncompressed cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from inferos.cli import _options, _output, _plan
+from inferos.cli._options import (
+    DebugOption,
+    DeviceOption,
+    DryRunOption,
+    JsonOption,
+    KvKOption,
+    KvVOption,
+    MemoryLimitOption,
+    ModelArgument,
+)
+from inferos.errors import ConfigError, ContextError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from inferos.quality.recall import Prompt
+    from inferos.runtime.layout import ModelLayout
+    from inferos.runtime.protocols import DecoderSession, Ids
+
+__all__ = ["evaluate"]
+
+_DEFAULT_CONTEXT = 2048  # tokens
+_SHORTEST = 32  # tokens: below it there is nothing but the FP16 window
+_DEFAULT_FORMATS = "off,f16,int8,k8v4,int4"
+
+
+def evaluate(
+    model: ModelArgument,
+    text: Annotated[
+        Path | None,
+        typer.Option("--text", metavar="FILE", help="UTF-8 text; without it the model writes its own."),
+    ] = None,
+    context: Annotated[int | None, typer.Option("--context", metavar="N", help="Tokens in the cache.")] = None,
+    kv: Annotated[
+        str, typer.Option("--kv", metavar="LIST", help="Formats: off, f16, int8, k8v4, int4, auto.")
+    ] = _DEFAULT_FORMATS,
+    kv_k: KvKOption = None,
+    kv_v: KvVOption = None,
+    recall: Annotated[
+        bool | None,
+        typer.Option("--recall/--no-recall", help="Ask about facts far back.  [default: only for reference]"),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the sampled text and of the questions.")] = 0,
+    memory_limit: MemoryLimitOption = None,
+    device: DeviceOption = "auto",
+    json_path: JsonOption = None,
+    dry_run: DryRunOption = False,
+    _debug: DebugOption = False,
+) -> None:
+    """Measure PPL, KLD and same-top-1 of cache formats, teacher-forced through the decode path."""
+    _options.check_range("--seed", seed, 0)
+    formats = _options.kv_list(kv, kv_k, kv_v)
+    _options.check_device(device)
+    budget = _options.budget_bytes(memory_limit)
+    _output.check_json_path(json_path)
+    from inferos.runtime.layout import read_layout
+    from inferos.runtime.model import resolve_model
+    from inferos.runtime.reference import REFERENCE_NAME
+
+    layout = read_layout(resolve_model(model))
+    length = _context(layout, context)
+    with_recall = model == REFERENCE_NAME if recall is None else recall
+    given = None if text is None else _read_text(layout, text, length)
+    if dry_run:
+        settings = {
+            "kv": list(formats),
+            "context": length if given is None else len(given),
+            "recall": with_recall,
+            "memory_limit": budget or None,
+        }
+        _plan.show(_plan.describe(layout, model, settings), json_path)
+        return
+    _run(layout, model, formats, length, given, with_recall, seed, budget, json_path)
+
+
+def _run(
+    layout: ModelLayout,
+    model: str,
+    formats: tuple[str, ...],
+    length: int,
+    given: Ids | None,
+    with_recall: bool,
+    seed: int,
+    budget: int,
+    json_path: Path | None,
+) -> None:
+    from inferos.cli._report import Report
+    from inferos.cli._rows import Plan, measure_all, table
+    from inferos.quality import sample_text
+    from inferos.runtime.environment import environment
+    from inferos.runtime.session import open_session
+
+    # A rewritten folder has lost its own attention; FP16 is then the least compressed cache there is.
+    baseline = "f16" if layout.rewritten else "off"
+
+    def open_format(kv: str) -> DecoderSession:
+        return open_session(layout, kv=kv, budget_bytes=0 if kv == "off" else budget)
+
+    questions = _questions(layout, length, seed) if with_recall else []
+    asked = sum(len(prompt.ids) for prompt in questions)
+    texts = len(formats) + (baseline not in formats) + (given is None)
+    with _output.progress_bar(texts * length + len(formats) * asked) as progress:
+        if given is None:
+            progress.describe("sampling a text")
+            first, avoid = _text_ends(layout)
+            session = open_format(baseline)
+            ids = sample_text(session, length, seed=seed, first_token=first, avoid=avoid, progress=progress.advance)
+        else:
+            ids = given
+        plan = Plan(formats, open_format, baseline, ids, max(1, len(ids) // 2), questions)
+        outcome = measure_all(plan, progress)
+    out = _output.console(json_path)
+    out.print(table(outcome))
+    source = "the given text" if given is not None else "a text the model wrote itself"
+    out.print(
+        f"\nAt {len(ids)} tokens of {source}; the last {len(ids) - plan.prompt} were fed one by one and scored "
+        f"against kv={baseline}."
+    )
+    measurement = {
+        "text": "given" if given is not None else "sampled from the model with the uncompressed cache",
+        "seed": seed if given is None or questions else None,
+        "baseline": baseline,
+        "prompt_tokens": plan.prompt,
+        "memory_limit": budget or None,
+        "details": outcome.details(),
+    }
+    report = Report(
+        schema="inferos.eval/1",
+        model=model,
+        environment={**environment(), "measurement": _output.plain(measurement)},
+        rows=outcome.rows,
+    )
+    _output.write_json(json_path, report.as_json())
+
+
+def _context(layout: ModelLayout, wanted: int | None) -> int:
+    if wanted is None:
+        return min(_DEFAULT_CONTEXT, layout.context_length)
+    _options.check_range("--context", wanted, _SHORTEST)
+    if wanted > layout.context_length:
+        raise ContextError(f"--context: {wanted} tokens, the model's context is {layout.context_length}")
+    return wanted
+
+
+def _read_text(layout: ModelLayout, path: Path, length: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """The text's first `length` tokens."""
+    from inferos.runtime.tokenizer import TextTokenizer
+
+    try:
+        content = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise ConfigError(f"--text: {path} cannot be read: {reason}") from None
+    ids = TextTokenizer(layout.folder, layout.bos_id).encode(content)[:length]
+    if len(ids) < _SHORTEST:
+        raise ConfigError(f"--text: {path} has {len(ids)} tokens, expected at least {_SHORTEST}")
+    return ids
+
+
+def _text_ends(layout: ModelLayout) -> tuple[int, tuple[int, ...]]:
+    """The token a sampled text begins with, and those it must not contain."""
+    first = next((i for i in (layout.bos_id, *layout.eos_ids, layout.pad_id) if i is not None), 0)
+    # Where one token begins and ends a text, the model was trained on texts in a row: it may start another.
+    return first, tuple(token for token in layout.eos_ids if token != layout.bos_id)
+
+
+def _questions(layout: ModelLayout, length: int, seed: int) -> list[Prompt]:
+    import tokenizers
+
+    from inferos.quality import recall
+    from inferos.runtime.reference import reference_words
+    from inferos.runtime.tokenizer import TextTokenizer
+
+    front = TextTokenizer(layout.folder, layout.bos_id).encode("a")
+    return recall.prepare(
+        tokenizers.Tokenizer.from_file(str(layout.folder / "tokenizer.json")),
+        tokens=length,
+        words=reference_words(),
+        filler=recall.default_filler(),
+        first_token=int(front[0]) if layout.bos_id is not None and int(front[0]) == layout.bos_id else None,
+        documents=1,
+        questions=16 if length >= 512 else 2,
+        seed=seed,
+    )

@@ -1,0 +1,6 @@
+"""The KV cache: memory budget, sequences, and the kernels they stand on. The only importer of `inferos._core`."""
+
+from inferos.kv import kernels
+from inferos.kv.cache import KV_FORMATS, Arena, ArenaStats, KVCache, KVStats, LayerSpec, library_path
+
+__all__ = ["KV_FORMATS", "Arena", "ArenaStats", "KVCache", "KVStats", "LayerSpec", "kernels", "library_path"]

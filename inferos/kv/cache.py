@@ -1,0 +1,429 @@
+"""Sequences whose keys and values are held in FP16 and packed blocks."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, TypeVar, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from inferos import _core
+from inferos.errors import ConfigError, InferosError
+
+__all__ = ["KV_FORMATS", "Arena", "ArenaStats", "KVCache", "KVStats", "LayerSpec", "library_path"]
+
+KV_FORMATS = ("f16", "int8", "k8v4", "int4", "auto")
+_DEFAULT_MAX_TOKENS = 1 << 30
+
+Float32 = npt.NDArray[np.float32]
+Real = TypeVar("Real", npt.NDArray[np.float32], npt.NDArray[np.float16])
+
+
+def library_path() -> Path:
+    """Path of libinferos, the library that ONNX Runtime registers and C hosts link: the one `_core` itself runs on."""
+    names = {"win32": "inferos.dll", "darwin": "libinferos.dylib"}
+    return Path(str(_core.__file__)).parent / names.get(sys.platform, "libinferos.so")
+
+
+@dataclass(frozen=True, slots=True)
+class ArenaStats:
+    """What an arena holds, in bytes unless it says otherwise.
+
+    Parameters
+    ----------
+    budget_bytes : int
+        Cap on `reserved_bytes`; 0 = none.
+    reserved_bytes, reserved_high_water_bytes : int
+        Pages held from the operating system, now and at most so far.
+    used_bytes, used_high_water_bytes : int
+        Live blocks, now and at most so far.
+    used_by_purpose : Mapping[str, int]
+        Live blocks by what they hold: f16, int8, k8v4, int4, scores.
+    live_blocks, slabs, huge_slabs : int
+        Counts; huge slabs are those for which the system accepted huge pages.
+    """
+
+    budget_bytes: int
+    reserved_bytes: int
+    reserved_high_water_bytes: int
+    used_bytes: int
+    used_high_water_bytes: int
+    used_by_purpose: Mapping[str, int]
+    live_blocks: int
+    slabs: int
+    huge_slabs: int
+
+
+class Arena:
+    """Memory for the blocks of any number of sequences, under one budget. Thread-safe.
+
+    Parameters
+    ----------
+    budget_bytes : int, default 0
+        Cap on the bytes held from the operating system; 0 = no limit, else at least 65536.
+    huge_pages : bool, default True
+        Ask for huge pages where a cache is large enough for 2 MiB pieces.
+
+    Raises
+    ------
+    ConfigError
+        If `budget_bytes` is out of range.
+    """
+
+    def __init__(self, budget_bytes: int = 0, huge_pages: bool = True) -> None:
+        self._native = _core.Arena(budget_bytes, huge_pages)
+
+    def stats(self) -> ArenaStats:
+        """What the arena holds now."""
+        return ArenaStats(**self._native.stats())
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """Shape of one layer's keys and values.
+
+    Parameters
+    ----------
+    kv_heads : int
+        1..1024.
+    head_dim : int
+        A multiple of 16 in 16..256.
+    local_window : int, default -1
+        -1: every token is visible. Else a token sees itself and the `local_window` positions before it;
+        older blocks are freed and the layer has no sinks.
+    """
+
+    kv_heads: int
+    head_dim: int
+    local_window: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class KVStats:
+    """What one sequence holds.
+
+    Parameters
+    ----------
+    tokens : int
+        Committed tokens.
+    blocks, bytes_by_format : Mapping[str, int]
+        By format, over all layers and heads, as held in the arena; a block that forks share counts for each of them.
+    token_heads : Mapping[str, int]
+        Tokens by format, summed over layers and kv heads.
+    total_bytes : int
+        Sum of `bytes_by_format`, and `score_bytes`.
+    shared_bytes : int
+        Part of `total_bytes` that a fork holds as well.
+    score_bytes : int
+        Importance scores; 0 unless kv is auto.
+    elements : int
+        K and V values held.
+    """
+
+    tokens: int
+    blocks: Mapping[str, int]
+    bytes_by_format: Mapping[str, int]
+    token_heads: Mapping[str, int]
+    total_bytes: int
+    shared_bytes: int
+    score_bytes: int
+    elements: int
+
+    @property
+    def bits_per_element(self) -> float | None:
+        """Bits a held K or V value costs, scales and unused room included; None while nothing is held."""
+        return self.total_bytes * 8 / self.elements if self.elements else None
+
+
+class KVCache:
+    """Keys and values of one sequence: newest tokens and sinks in FP16, older blocks of 64 tokens packed.
+
+    A step is a transaction: `begin(n)`, `append` for every layer, `commit`. One thread at a time uses a sequence;
+    a second one gets BusyError. Closing happens on `close`, at the end of a `with` block, or when the object dies.
+
+    Parameters
+    ----------
+    layers : sequence of LayerSpec
+        1..4096.
+    kv : {"f16", "int8", "k8v4", "int4", "auto"}, default "int8"
+        What a block becomes when all of its tokens are older than the window; with "auto" that is INT8, and
+        reviews every 64 decoded tokens pack the least important blocks narrower.
+    recent_window : int, default 64
+        Newest tokens that stay FP16, 16..512; up to 63 more stay until their block is full.
+    sink_tokens : int, default 4
+        First tokens that stay FP16, 0..64; not in layers with a local window.
+    arena : Arena, optional
+        Where the blocks live; a new one without a limit if absent.
+    max_tokens : int, default 2**30
+        Longest sequence.
+    thresholds : (float, float), default (1.0, 0.7)
+        For "auto": L1 and L2, 0 <= L2 <= L1 <= 1. Per layer and head at most 1 - L1 of the blocks outside the
+        window stay FP16 and at most 1 - L2 stay FP16 or INT8.
+    l2_format : {"k8v4", "int4"}, default "k8v4"
+        For "auto": the narrowest format.
+    gamma : float, default 0.997
+        For "auto": decay of the averaged attention mass, per token.
+
+    Raises
+    ------
+    ConfigError
+        If an option is unknown or out of range.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerSpec],
+        *,
+        kv: str = "int8",
+        recent_window: int = 64,
+        sink_tokens: int = 4,
+        arena: Arena | None = None,
+        max_tokens: int = _DEFAULT_MAX_TOKENS,
+        thresholds: tuple[float, float] = (1.0, 0.7),
+        l2_format: str = "k8v4",
+        gamma: float = 0.997,
+    ) -> None:
+        if kv not in KV_FORMATS:
+            raise ConfigError(f"kv: {kv!r} is not one of {', '.join(KV_FORMATS)}")
+        if l2_format not in ("k8v4", "int4"):
+            raise ConfigError(f"l2_format: {l2_format!r} is not one of k8v4, int4")
+        self.layers = tuple(layers)
+        self.kv = kv
+        self.arena = Arena() if arena is None else arena
+        shapes = [(layer.kv_heads, layer.head_dim, layer.local_window) for layer in self.layers]
+        narrowest = l2_format if kv == "auto" else kv
+        self._own(
+            _core.cache.open(
+                shapes,
+                [narrowest] * len(shapes),
+                recent_window,
+                sink_tokens,
+                max_tokens,
+                self.arena._native,
+                (*thresholds, gamma) if kv == "auto" else None,
+            )
+        )
+
+    def _own(self, handle: int) -> None:
+        """Take over a native sequence; it is closed when this object dies."""
+        self._handle = [handle]  # a list, so that the finaliser sees the handle that abandon() put there
+        self._finalizer = weakref.finalize(self, _close, self._handle)
+
+    @property
+    def handle(self) -> int:
+        """The int64 by which a graph input or a C host names this sequence. Changes with `abandon`."""
+        return self._handle[0]
+
+    @property
+    def length(self) -> int:
+        """Committed tokens."""
+        return _core.cache.length(self.handle)
+
+    @property
+    def pending(self) -> int:
+        """Tokens of the open step; 0 = none is open."""
+        return _core.cache.pending(self.handle)
+
+    @property
+    def kept_from(self) -> int:
+        """First position that every layer still holds; sliding windows lose the past."""
+        return _core.cache.kept_from(self.handle)
+
+    @property
+    def rewind_floor(self) -> int:
+        """Shortest length, besides 0, that `rewind` can go back to."""
+        return _core.cache.rewind_floor(self.handle)
+
+    def begin(self, tokens: int) -> None:
+        """Open a step of `tokens` tokens; a step that is open already is dropped.
+
+        Takes all memory that the step may need in any layer.
+
+        Raises
+        ------
+        BudgetError
+            If the arena's budget is too small; the cache is unchanged.
+        ShapeError
+            If `tokens` is not positive or the sequence would exceed `max_tokens`.
+        """
+        _core.cache.begin(self.handle, tokens)
+
+    def append(self, layer: int, k: Real, v: Real) -> None:
+        """Write the step's tokens of one layer; packs the blocks of this layer that left the window.
+
+        Parameters
+        ----------
+        layer : int
+        k, v : (tokens, kv_heads, head_dim) float32 or float16, C-contiguous
+            Keys already rotated by their position. Stored as FP16; beyond +-65504 they saturate.
+
+        Raises
+        ------
+        ShapeError
+            If a size does not fit.
+        SequenceError
+            If no step is open or the layer has appended already.
+        """
+        _core.cache.append(self.handle, layer, k, v)  # pyright: ignore[reportCallIssue, reportArgumentType] - one of two
+
+    @overload
+    def attend(
+        self, layer: int, q: Real, scale: float = 0.0, softcap: float = 0.0, mass: Literal[False] = False
+    ) -> Real: ...
+
+    @overload
+    def attend(
+        self, layer: int, q: Real, scale: float = 0.0, softcap: float = 0.0, *, mass: Literal[True]
+    ) -> tuple[Real, Float32]: ...
+
+    def attend(
+        self, layer: int, q: Real, scale: float = 0.0, softcap: float = 0.0, mass: bool = False
+    ) -> Real | tuple[Real, Float32]:
+        """Causal attention of the newest tokens over everything their layer holds. Feeds the scores of "auto".
+
+        Parameters
+        ----------
+        layer : int
+        q : (tokens, heads, head_dim) float32 or float16, C-contiguous
+            The newest `tokens` positions, the open step's included once appended; heads a multiple of kv_heads.
+        scale : float, default 0
+            On the logits; 0 = 1/sqrt(head_dim).
+        softcap : float, default 0
+            Logits become softcap * tanh(logits / softcap); 0 = none.
+        mass : bool, default False
+            Also return the probability each token received: the mean over the query heads of its kv head and
+            over the last min(tokens, 64) queries; 0 for a position that is not held.
+
+        Returns
+        -------
+        (tokens, heads, head_dim), or that and (kv_heads, visible tokens) float32
+
+        Raises
+        ------
+        ShapeError
+            If a size does not fit.
+        """
+        out, received = _core.cache.attend(self.handle, layer, q, scale, softcap, mass)
+        return (out, received) if mass else out
+
+    def commit(self) -> None:
+        """Keep the open step.
+
+        Raises
+        ------
+        SequenceError
+            If no step is open or a layer has not appended.
+        """
+        _core.cache.commit(self.handle)
+
+    def rollback(self) -> None:
+        """Drop the open step, if there is one."""
+        _core.cache.rollback(self.handle)
+
+    def rewind(self, length: int) -> None:
+        """Forget positions >= `length`, and an open step. A packed block stays packed with fewer valid tokens.
+
+        Raises
+        ------
+        RewindError
+            If `length` is beyond the committed tokens or before `rewind_floor`; 0 is always possible.
+        """
+        _core.cache.rewind(self.handle, length)
+
+    def clear(self) -> None:
+        """Forget everything, and an open step."""
+        _core.cache.clear(self.handle)
+
+    def fork(self) -> KVCache:
+        """A second sequence with the same tokens: packed blocks are shared, FP16 blocks copied.
+
+        Raises
+        ------
+        SequenceError
+            If a step is open.
+        BudgetError
+            If the copies do not fit.
+        """
+        handle = _core.cache.fork(self.handle)
+        copy = object.__new__(type(self))
+        copy.__dict__.update({name: value for name, value in self.__dict__.items() if not name.startswith("_")})
+        copy._own(handle)
+        return copy
+
+    def demote(self, layer: int, head: int, block: int, kv: str) -> bool:
+        """Pack block `block` of one head narrower: f16 -> int8 -> k8v4 -> int4, never back.
+
+        Returns
+        -------
+        bool
+            False where nothing was done: not narrower, in the window, or not held any more.
+
+        Raises
+        ------
+        ShapeError
+            If there is no such block.
+        SequenceError
+            If a step is open.
+        """
+        return _core.cache.demote(self.handle, layer, head, block, kv)
+
+    def grid_blocks(self, layer: int) -> int:
+        """Blocks behind the sinks of a layer, the one being filled included."""
+        return _core.cache.grid_blocks(self.handle, layer)
+
+    def read(self, layer: int, head: int, position: int) -> tuple[Float32, Float32, str]:
+        """One committed token back: k (head_dim,), v (head_dim,) float32, and the format it is held in.
+
+        Raises
+        ------
+        ShapeError
+            If the position is not held.
+        """
+        return _core.cache.read(self.handle, layer, head, position)
+
+    def formats(self, layer: int, head: int) -> npt.NDArray[np.uint8]:
+        """Format of every visible position (tokens,): an index of `KV_FORMATS`, 255 where it is not held any more."""
+        return _core.cache.formats(self.handle, layer, head)
+
+    def scores(self, layer: int, head: int) -> npt.NDArray[np.float64]:
+        """Importance of every block of the grid (blocks,), NaN where it is not measured; only "auto" measures it."""
+        return _core.cache.scores(self.handle, layer, head)
+
+    def stats(self) -> KVStats:
+        """What the sequence holds now."""
+        raw = _core.cache.stats(self.handle)
+        return KVStats(total_bytes=sum(raw["bytes_by_format"].values()) + raw["score_bytes"], **raw)
+
+    def take_error(self) -> InferosError | None:
+        """The typed error of the last call that failed inside ONNX Runtime on this handle, which is then forgotten."""
+        error: InferosError | None = _core.cache.take_error(self.handle)
+        return error
+
+    def abandon(self) -> None:
+        """Take the sequence back from a run that hangs: drops the open step and changes the handle.
+
+        Waits for a layer of the run that is inside inferos just now. Whatever the run does later is refused.
+        """
+        self._handle[0] = _core.cache.abandon(self.handle)
+
+    def close(self) -> None:
+        """Free the sequence; closing twice does nothing. Every other call then raises ClosedError."""
+        self._finalizer()
+
+    def __enter__(self) -> KVCache:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _close(handle: list[int]) -> None:
+    _core.cache.close(handle[0])

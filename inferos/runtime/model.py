@@ -1,0 +1,526 @@
+"""A model that generates: `load`, `Model`, `Conversation`."""
+
+from __future__ import annotations
+
+import logging
+import operator
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from inferos.config import Policy, check_kv, load_policy, parse_size
+from inferos.errors import BusyError, ClosedError, ConfigError, ContextError, ModelError, ShapeError
+from inferos.runtime.chat import ChatTemplate, Message, check_messages, find_template
+from inferos.runtime.generate import CachedTokens, Cancel, Generation, Limits, check_stops
+from inferos.runtime.protocols import DecoderSession, Ids
+from inferos.runtime.sampler import Sampler, SamplingOptions
+from inferos.runtime.tokenizer import TextTokenizer, read_json
+
+__all__ = ["Conversation", "DEFAULT_MAX_TOKENS", "Model", "Prompt", "load", "resolve_model"]
+
+DEFAULT_MAX_TOKENS = 256
+
+Prompt = str | Sequence[int] | npt.NDArray[np.integer[Any]] | Sequence[Message]
+"""A text, ids (tokens,), or messages for the model's chat template."""
+
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+_log = logging.getLogger(__name__)
+
+
+def resolve_model(model: str | Path) -> Path:
+    """The folder a MODEL argument stands for.
+
+    Parameters
+    ----------
+    model : str or Path
+        "reference" is the embedded model, built on first use; anything else is the path of a folder.
+
+    Raises
+    ------
+    ModelError
+        If it is no folder.
+    """
+    if model == "reference":
+        from inferos.runtime.reference import reference_folder
+
+        return reference_folder()
+    path = Path(model).expanduser()
+    if not path.is_dir():
+        what = "a file" if path.exists() else "not there"
+        raise ModelError(f"model: {str(model)!r} is {what}; wanted a model's folder, or reference")
+    return path
+
+
+def load(
+    model: str | Path,
+    kv: str = "int8",
+    policy: Policy | Mapping[str, Any] | str | Path | None = None,
+    *,
+    budget_bytes: int | str | None = None,
+    threads: int = 0,
+    prefill_chunk: int = 512,
+) -> Model:
+    """Open a model.
+
+    Parameters
+    ----------
+    model : str or Path
+        A folder of an onnxruntime-genai model, as exported or rewritten; "reference" is the embedded one.
+    kv : str
+        What older tokens are kept in: f16, int8, k8v4 or int4; auto leaves it to the policy; off is ONNX Runtime's
+        own uncompressed cache.
+    policy : Policy, mapping or path of a YAML or JSON file, optional
+        Window, sinks, pools and, with `kv="auto"`, the mode.
+    budget_bytes : int or size such as "2GiB", optional
+        Bytes of KV that all sequences may hold together; the policy's `io.host_pool_bytes` unless given. 0 is no
+        limit. Does not bind `kv="off"`, whose memory is ONNX Runtime's.
+    threads : int
+        Threads inside a node; 0 is ONNX Runtime's own choice.
+    prefill_chunk : int
+        Tokens of one prefill run at most; bounds the peak memory of a long prompt.
+
+    Returns
+    -------
+    Model
+
+    Raises
+    ------
+    ConfigError
+        If an option is unknown or out of range.
+    ModelError, UnsupportedError
+        If the folder holds no usable decoder model, or one whose attention cannot be rewritten.
+    """
+    from inferos.runtime.layout import read_layout
+    from inferos.runtime.session import open_session
+
+    rules = load_policy(policy)
+    resolved = rules.resolve()
+    word = check_kv(kv)
+    budget = rules.io.host_pool_bytes if budget_bytes is None else parse_size(budget_bytes)
+    layout = read_layout(resolve_model(model))
+    session = open_session(
+        layout,
+        kv=resolved.kv if word == "auto" else word,
+        recent_window=resolved.recent_window,
+        sink_tokens=resolved.sink_tokens,
+        budget_bytes=budget,
+        threads=threads,
+        prefill_chunk=prefill_chunk,
+    )
+    if rules.kv.layer_overrides:
+        _log.warning("kv.layer_overrides is not in force yet: every layer is kept as kv=%s says", session.kv)
+    return Model(
+        session,
+        folder=layout.folder,
+        name="reference" if model == "reference" else layout.folder.resolve().name,
+        bos_id=layout.bos_id,
+        eos_ids=layout.eos_ids,
+        policy=rules,
+        prefill_chunk=prefill_chunk,
+    )
+
+
+class Model:
+    """A decoder with its tokenizer and chat template.
+
+    Parameters
+    ----------
+    session : DecoderSession
+    folder : Path, optional
+        Where tokenizer, chat template and search defaults lie; without one, only ids can be given.
+    name : str
+    bos_id, eos_ids : special ids of the model's configuration
+    policy : Policy, optional
+    prefill_chunk : int
+        Tokens fed between two looks at the cancel event.
+    clock : seconds, monotonic
+
+    Notes
+    -----
+    Thread-safe: several generations may run at once, each in one thread at a time.
+    """
+
+    def __init__(
+        self,
+        session: DecoderSession,
+        *,
+        folder: Path | None = None,
+        name: str = "",
+        bos_id: int | None = None,
+        eos_ids: Sequence[int] = (),
+        policy: Policy | None = None,
+        prefill_chunk: int = 512,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.session = session
+        self.folder = folder
+        self.name = name
+        self.bos_id = bos_id
+        self.eos_ids = tuple(eos_ids)
+        self.policy = policy or Policy()
+        self._prefill_chunk = prefill_chunk
+        self._clock = clock
+        self._closed = False
+        self._open: weakref.WeakSet[Generation | Conversation] = weakref.WeakSet()
+        self._open_lock = threading.Lock()
+
+    @property
+    def kv(self) -> str:
+        """What older tokens are kept in: off, f16, int8, k8v4, int4 or auto."""
+        return self.session.kv
+
+    @property
+    def context_length(self) -> int:
+        """Tokens the model can hold."""
+        return self.session.context_length
+
+    @cached_property
+    def tokenizer(self) -> TextTokenizer:
+        """The folder's tokenizer. Raises ModelError where there is none."""
+        if self.folder is None:
+            raise ModelError("Model: it has no folder with a tokenizer, so only ids can be given")
+        return TextTokenizer(self.folder, self.bos_id)
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate:
+        """The folder's chat template, or the plain one. Raises TemplateError where it does not compile."""
+        folder = self.tokenizer.folder
+        return ChatTemplate(find_template(folder), self.tokenizer.named_tokens)
+
+    def generate(
+        self,
+        prompt: Prompt,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
+        *,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        ignore_eos: bool = False,
+        cancel: Cancel | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Generation:
+        """Continue a prompt.
+
+        Parameters
+        ----------
+        prompt : text, ids (tokens,) or messages
+            Messages go through the model's chat template.
+        max_tokens : int
+            Tokens at most.
+        temperature, top_k, top_p, min_p, repetition_penalty, seed
+            As `SamplingOptions`. What is not given comes from the folder's search defaults where these ask for
+            sampling (`do_sample`), and is greedy otherwise.
+        stop : texts that end the generation and are never given out, not even across tokens
+        ignore_eos : bool, default False
+            Go on after the model's end-of-text token, for measurements.
+        cancel : threading.Event or alike, optional
+            Looked at before every step and between two chunks of the prompt.
+        tools : JSON schemas of functions, for the chat template
+
+        Returns
+        -------
+        Generation
+            An iterator of `Token`, and the figures of the run.
+
+        Raises
+        ------
+        ConfigError
+            If an option or the prompt is of the wrong form.
+        ContextError
+            If the prompt is longer than the model's context.
+        ShapeError
+            If ids are not one row of integers of the vocabulary.
+        TemplateError
+            If the chat template fails.
+        ClosedError
+            If the model is closed.
+        """
+        sampler, limits = self._prepare(
+            _are_messages(prompt),
+            max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=stop,
+            ignore_eos=ignore_eos,
+            cancel=cancel,
+        )
+        ids = self.prompt_ids(prompt, tools=tools)
+        cached = self._cache()
+
+        def end(_generation: Generation, _error: BaseException | None) -> None:
+            cached.sequence.close()
+
+        return self._start(cached, ids, sampler, limits, end)
+
+    def chat(self, system: str | None = None, **options: Any) -> Conversation:
+        """A conversation that keeps its cache between turns.
+
+        Parameters
+        ----------
+        system : str, optional
+            The system message.
+        options : as of `generate`, for every turn
+        """
+        self._check_open()
+        conversation = Conversation(self, system, options)
+        self._track(conversation)
+        return conversation
+
+    def prompt_ids(self, prompt: Prompt, *, tools: Sequence[Mapping[str, Any]] | None = None) -> Ids:
+        """The ids (tokens,) of a prompt, checked against the vocabulary and the context."""
+        if isinstance(prompt, str):
+            ids = self.tokenizer.encode(prompt)
+            if ids.size == 0 and self.bos_id is not None:
+                ids = np.array([self.bos_id], np.int64)
+        elif _are_messages(prompt):
+            template = self.chat_template
+            text = template.render(prompt, tools=tools)  # type: ignore[arg-type]
+            ids = self.tokenizer.encode(text, special=template.plain)
+        else:
+            ids = _checked_ids(prompt, self.session.vocab_size)
+        if ids.size == 0:
+            raise ConfigError("prompt: it is empty, and the model has no token that begins a text")
+        if ids.size > self.context_length:
+            raise ContextError(f"prompt: {ids.size} tokens are more than the model's context of {self.context_length}")
+        return ids
+
+    def close(self) -> None:
+        """End every generation and conversation and free their caches. Closing twice does nothing."""
+        with self._open_lock:
+            self._closed = True
+            users = list(self._open)
+        for user in users:
+            user.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Model({self.name!r}, kv={self.kv!r}, context_length={self.context_length})"
+
+    @cached_property
+    def _search(self) -> dict[str, Any]:
+        """The folder's search defaults, if they ask for sampling."""
+        found = read_json(self.folder / "genai_config.json").get("search") if self.folder is not None else None
+        if not isinstance(found, dict) or found.get("do_sample") is not True:
+            return {}
+        wanted = {name: found[name] for name in _SAMPLING if found.get(name) is not None}
+        try:
+            SamplingOptions(**wanted)
+        except ConfigError as error:
+            raise ModelError(f"genai_config.json: search.{error}") from error
+        return {"temperature": 1.0, **wanted}
+
+    def _prepare(
+        self,
+        chat: bool,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
+        *,
+        stop: str | Sequence[str] = (),
+        ignore_eos: bool = False,
+        cancel: Cancel | None = None,
+        seed: int | None = None,
+        **sampling: float | None,
+    ) -> tuple[Sampler, Limits]:
+        """The options of a generation, checked."""
+        self._check_open()
+        unknown = set(sampling) - set(_SAMPLING)
+        if unknown:
+            raise ConfigError(f"generate: unknown option {', '.join(sorted(unknown))}")
+        given = {name: value for name, value in sampling.items() if value is not None}
+        options = SamplingOptions(**{**self._search, **given}, seed=seed)
+        try:
+            count = 0 if isinstance(max_tokens, bool) else operator.index(max_tokens)
+        except TypeError:
+            count = 0
+        if count < 1:
+            raise ConfigError(f"max_tokens: {max_tokens!r} is not a whole number of at least 1")
+        texts = check_stops(stop) + (self.chat_template.stops if chat else ())
+        ends = set() if ignore_eos else set(self.eos_ids)
+        if texts:
+            # A special token is never part of the text, so as a stop text it is its id.
+            special = self.tokenizer.special_tokens
+            ends.update(special[text] for text in texts if text in special)
+            texts = tuple(text for text in texts if text not in special)
+        return Sampler(options), Limits(count, frozenset(ends), texts, cancel)
+
+    def _cache(self) -> CachedTokens:
+        return CachedTokens(self.session, self._prefill_chunk)
+
+    def _start(
+        self,
+        cached: CachedTokens,
+        ids: Ids,
+        sampler: Sampler,
+        limits: Limits,
+        on_end: Callable[[Generation, BaseException | None], None],
+    ) -> Generation:
+        has_text = self.folder is not None and (self.folder / "tokenizer.json").is_file()
+        generation = Generation(
+            cached,
+            ids,
+            sampler,
+            limits,
+            context_length=self.context_length,
+            stream=self.tokenizer.stream(ids) if has_text else None,
+            on_end=on_end,
+            clock=self._clock,
+        )
+        self._track(generation)
+        return generation
+
+    def _track(self, user: Generation | Conversation) -> None:
+        with self._open_lock:
+            closed = self._closed
+            self._open.add(user)
+        if closed:
+            user.close()
+            raise ClosedError("Model: it is closed")
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("Model: it is closed")
+
+
+class Conversation:
+    """Turns with one cache: what a turn shares with the one before is not computed again.
+
+    Made by `Model.chat`. One thread at a time.
+    """
+
+    def __init__(self, model: Model, system: str | None, options: Mapping[str, Any]) -> None:
+        self._model = model
+        self._options = dict(options)
+        self._messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+        self._cached: CachedTokens | None = None
+        # Weak: the generation holds the conversation, for its answer.
+        self._running: weakref.ref[Generation] | None = None
+        self._closed = False
+
+    @property
+    def messages(self) -> list[Message]:
+        """A copy of what was said, the answers included."""
+        return list(self._messages)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens in the cache."""
+        return len(self._cached.ids) if self._cached is not None else 0
+
+    def send(self, content: str | Message | Sequence[Message], **options: Any) -> Generation:
+        """Say something; the answer comes as a generation.
+
+        A generation that is not finished is closed first, and what it gave counts as its answer. If the answer fails
+        or the messages do not fit, the conversation is as it was before.
+
+        Parameters
+        ----------
+        content : the user's text, a message, or several (such as tool results)
+        options : as of `Model.generate`, for this turn
+
+        Raises
+        ------
+        ClosedError
+            If the conversation or its model is closed.
+        BusyError
+            If another thread is inside the answer before.
+        ConfigError, ContextError, TemplateError
+            As `Model.generate`.
+        """
+        if self._closed:
+            raise ClosedError("Conversation: it is closed")
+        if not self._finish():
+            raise BusyError("Conversation: another thread is taking an answer from it")
+        model, before = self._model, list(self._messages)
+        chosen = {**self._options, **options}
+        tools = chosen.pop("tools", None)
+        sampler, limits = model._prepare(True, **chosen)  # noqa: SLF001 - a part of Model
+        messages = [*before, *_as_messages(content)]
+        ids = model.prompt_ids(messages, tools=tools)
+        if self._cached is None:
+            self._cached = model._cache()  # noqa: SLF001
+        self._messages = messages
+
+        def end(generation: Generation, error: BaseException | None) -> None:
+            if error is None:
+                self._messages.append({"role": "assistant", "content": generation.text})
+            else:
+                self._messages = before
+            if self._closed and self._cached is not None:
+                self._cached.sequence.close()
+
+        generation = model._start(self._cached, ids, sampler, limits, end)  # noqa: SLF001
+        self._running = weakref.ref(generation)
+        return generation
+
+    def reset(self) -> None:
+        """Forget everything but the system message. The cache is freed."""
+        if not self._finish():
+            raise BusyError("Conversation: another thread is taking an answer from it")
+        self._messages = [m for m in self._messages[:1] if m["role"] == "system"]
+        if self._cached is not None:
+            self._cached.sequence.close()
+            self._cached = None
+
+    def close(self) -> None:
+        """Free the cache. Closing twice does nothing."""
+        self._closed = True
+        if self._finish() and self._cached is not None:
+            self._cached.sequence.close()
+
+    def _finish(self) -> bool:
+        """End the generation that runs; False if another thread is inside, which ends it then."""
+        running = self._running() if self._running is not None else None
+        if running is None:
+            return True
+        running.close()
+        return running.done
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+def _are_messages(prompt: Prompt) -> bool:
+    return (
+        isinstance(prompt, Sequence) and not isinstance(prompt, str) and any(isinstance(p, Mapping) for p in prompt[:1])
+    )
+
+
+def _as_messages(content: str | Message | Sequence[Message]) -> list[dict[str, Any]]:
+    if isinstance(content, str):
+        return [{"role": "user", "content": content}]
+    return check_messages([content] if isinstance(content, Mapping) else content)
+
+
+def _checked_ids(prompt: Any, vocab_size: int) -> Ids:
+    try:
+        ids = np.asarray(prompt)
+    except ValueError as error:  # rows of different lengths
+        raise ShapeError(f"prompt: {error}") from error
+    if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+        raise ShapeError(f"prompt: {ids.dtype} of shape {ids.shape}, wanted text, messages or integers (tokens,)")
+    if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+        raise ShapeError(f"prompt: ids {ids.min()}..{ids.max()} are not within 0..{vocab_size - 1}")
+    return ids.astype(np.int64)

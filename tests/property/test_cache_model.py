@@ -1,0 +1,323 @@
+"""The sequence cache against a model of plain lists and arrays: any order of calls, contents and bytes after each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from caches import FORMATS, NOT_HELD, block_bytes, rows, used
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+
+from inferos import errors
+from inferos.kv import Arena, KVCache, LayerSpec
+
+LAYERS = (LayerSpec(2, 16), LayerSpec(1, 32, 70))
+HEADS = [(layer, head) for layer, spec in enumerate(LAYERS) for head in range(spec.kv_heads)]
+NAMES = {number: name for name, number in FORMATS.items()}
+WINDOWS = (16, 30, 64)
+
+
+@dataclass
+class Block:
+    """Positions start..start+tokens-1, and which format each head holds them in."""
+
+    start: int
+    tokens: int
+    closed: bool = False
+    formats: dict[tuple[int, int], str] = field(default_factory=dict)
+    # How far a value may be off: by head, steps of requantisation summed up.
+    error: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
+
+    def copy(self) -> Block:
+        return Block(self.start, self.tokens, self.closed, dict(self.formats), dict(self.error))
+
+    @property
+    def finished(self) -> bool:
+        return self.closed or self.tokens == 64
+
+
+@dataclass
+class Model:
+    """What a sequence must hold."""
+
+    kv: str
+    window: int
+    sink: int
+    values: list[np.ndarray] = field(default_factory=lambda: [np.zeros((0, 2, s.kv_heads, s.head_dim)) for s in LAYERS])
+    grids: tuple[list[Block], list[Block]] = field(default_factory=lambda: ([], []))
+    lost: int = 0  # positions that the sliding layer has let go of
+
+    @property
+    def length(self) -> int:
+        return len(self.values[0])
+
+    def copy(self) -> Model:
+        grids = tuple([block.copy() for block in grid] for grid in self.grids)
+        return Model(self.kv, self.window, self.sink, list(self.values), grids, self.lost)
+
+    def origin(self, layer: int) -> int:
+        return self.sink if layer == 0 else 0
+
+    def is_due(self, block: Block) -> bool:
+        return block.finished and block.start + block.tokens - 1 < self.length - self.window
+
+    def pack(self, layer: int) -> None:
+        """What a layer does when it is called: every finished block behind the window is packed as a whole."""
+        for block in self.grids[layer]:
+            for at in [at for at in HEADS if at[0] == layer]:
+                if self.is_due(block) and block.formats[at] == "f16" and block.start >= self.lost_in(layer) and self.kv != "f16":
+                    self.narrow(block, at, self.kv)
+
+    def lost_in(self, layer: int) -> int:
+        return self.lost if layer == 1 else 0
+
+    def narrow(self, block: Block, at: tuple[int, int], kv: str) -> None:
+        layer, head = at
+        data = self.values[layer][block.start : block.start + block.tokens, :, head]
+        block.formats[at] = kv
+        block.error[at] = block.error.get(at, 0.0) + half_steps(kv, data)
+
+    def add(self, new: list[np.ndarray]) -> None:
+        for layer in range(2):
+            self.pack(layer)
+        length = self.length + len(new[0])
+        self.values = [np.concatenate([old, more]) for old, more in zip(self.values, new, strict=True)]
+        for layer, grid in enumerate(self.grids):
+            end = max(grid[-1].start + grid[-1].tokens if grid else 0, self.origin(layer))
+            while end < length:
+                if not grid or grid[-1].finished:
+                    grid.append(Block(end, 0, formats={at: "f16" for at in HEADS if at[0] == layer}))
+                take = min(64 - grid[-1].tokens, length - end)
+                grid[-1].tokens += take
+                end += take
+        seen_from = length - LAYERS[1].local_window
+        sliding = self.grids[1]
+        while sliding[0].start + sliding[0].tokens <= max(self.lost, 0):
+            sliding = sliding[1:]
+        while len(sliding) > 1 and sliding[0].start + sliding[0].tokens <= seen_from:
+            self.lost = sliding[0].start + sliding[0].tokens
+            sliding = sliding[1:]
+
+    def rewind(self, length: int) -> None:
+        self.values = [data[:length] for data in self.values]
+        for grid in self.grids:
+            while grid and grid[-1].start >= length:
+                grid.pop()
+            if grid and grid[-1].start + grid[-1].tokens > length:
+                grid[-1].tokens = length - grid[-1].start
+            if grid and not grid[-1].finished:
+                grid[-1].closed = any(kv != "f16" for kv in grid[-1].formats.values())
+        if length == 0:
+            self.lost = 0
+
+    def floor(self) -> int:
+        return self.lost + LAYERS[1].local_window if self.lost else 0
+
+    def held(self, layer: int) -> list[Block]:
+        return [block for block in self.grids[layer] if block.start >= self.lost_in(layer)]
+
+    def bytes(self) -> int:
+        total = 0
+        if self.sink and self.length:
+            total += LAYERS[0].kv_heads * block_bytes("f16", LAYERS[0].head_dim, -(-self.sink // 16) * 16)
+        for layer, spec in enumerate(LAYERS):
+            total += sum(block_bytes(kv, spec.head_dim) for block in self.held(layer) for kv in block.formats.values())
+        return total
+
+
+def half_steps(kv: str, data: np.ndarray) -> np.ndarray:
+    """Bound (2, 1 or head_dim) on the error that packing data (tokens, 2, head_dim) adds: K per value, V as a token's norm.
+
+    The source of a second packing is itself off by the first one's error; ranges grow by no more than a tenth here.
+    """
+    k_steps, v_steps = {"int8": (255, 127), "k8v4": (255, 15), "int4": (15, 15)}[kv]
+    d = data.shape[2]
+    k = (np.ptp(data[:, 0], axis=0) + 0.02) / k_steps / 2 * 1.1
+    norm = np.linalg.norm(data[:, 1], axis=1).max()
+    peak = np.abs(data[:, 1]).max() if kv == "int8" else 2 * norm
+    v = np.sqrt(d) * (peak + 0.02) / v_steps / 2 * 1.1
+    return np.stack([k, np.full(d, v)])
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Up to three sequences in one arena, each with its model."""
+
+    @initialize(kv=st.sampled_from(["f16", "int8", "k8v4", "int4"]), window=st.sampled_from(WINDOWS), sink=st.sampled_from([0, 4, 20]))
+    def start(self, kv: str, window: int, sink: int) -> None:
+        self.arena = Arena()
+        cache = KVCache(LAYERS, kv=kv, recent_window=window, sink_tokens=sink, arena=self.arena)
+        self.pairs = [(cache, Model(kv, window, sink))]
+        self.seed = 0
+
+    def pair(self, which: int) -> tuple[KVCache, Model]:
+        return self.pairs[which % len(self.pairs)]
+
+    def new_rows(self, tokens: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        self.seed += 1
+        return [rows(self.seed * 10 + layer, tokens, spec) for layer, spec in enumerate(LAYERS)]
+
+    @rule(which=st.integers(0, 2), tokens=st.one_of(st.integers(1, 3), st.sampled_from([31, 63, 64, 65, 130])))
+    def append_and_commit(self, which: int, tokens: int) -> None:
+        cache, model = self.pair(which)
+        new = self.new_rows(tokens)
+        cache.begin(tokens)
+        for layer, (k, v) in enumerate(new):
+            cache.append(layer, k, v)
+        cache.commit()
+        model.add([np.stack([k, v], 1) for k, v in new])
+
+    @rule(which=st.integers(0, 2), tokens=st.integers(1, 100), layers=st.integers(0, 2), explicit=st.booleans())
+    def drop_a_step(self, which: int, tokens: int, layers: int, explicit: bool) -> None:
+        cache, model = self.pair(which)
+        cache.begin(tokens)
+        for layer, (k, v) in enumerate(self.new_rows(tokens)[:layers]):
+            cache.append(layer, k, v)
+            model.pack(layer)
+        if explicit:
+            cache.rollback()
+        else:
+            cache.begin(1)
+            cache.rollback()
+
+    @rule(which=st.integers(0, 2), share=st.floats(0, 1))
+    def rewind(self, which: int, share: float) -> None:
+        cache, model = self.pair(which)
+        length = round(model.length * share)
+        if 0 < length < model.floor():
+            with pytest.raises(errors.RewindError):
+                cache.rewind(length)
+            return
+        cache.rewind(length)
+        model.rewind(length)
+
+    @rule(which=st.integers(0, 2), back=st.integers(1, 70))
+    def rewind_a_little(self, which: int, back: int) -> None:
+        cache, model = self.pair(which)
+        length = max(model.length - back, model.floor())
+        cache.rewind(length)
+        model.rewind(length)
+
+    @rule(which=st.integers(0, 2))
+    def clear(self, which: int) -> None:
+        cache, model = self.pair(which)
+        cache.clear()
+        model.rewind(0)
+
+    @precondition(lambda self: len(self.pairs) < 3)
+    @rule(which=st.integers(0, 2))
+    def fork(self, which: int) -> None:
+        cache, model = self.pair(which)
+        self.pairs.append((cache.fork(), model.copy()))
+
+    @precondition(lambda self: len(self.pairs) > 1)
+    @rule(which=st.integers(0, 2))
+    def close(self, which: int) -> None:
+        cache, _ = self.pairs.pop(which % len(self.pairs))
+        cache.close()
+
+    @rule(which=st.integers(0, 2), at=st.sampled_from(HEADS), index=st.integers(0, 20), kv=st.sampled_from(sorted(FORMATS)))
+    def demote(self, which: int, at: tuple[int, int], index: int, kv: str) -> None:
+        cache, model = self.pair(which)
+        grid = model.grids[at[0]]
+        if index >= len(grid):
+            with pytest.raises(errors.ShapeError):
+                cache.demote(*at, index, kv)
+            return
+        block = grid[index]
+        wanted = (
+            model.is_due(block)
+            and block.start >= model.lost_in(at[0])
+            and FORMATS[kv] > FORMATS[block.formats[at]]
+        )
+        assert cache.demote(*at, index, kv) is wanted
+        if wanted:
+            model.narrow(block, at, kv)
+
+    @rule(which=st.integers(0, 2))
+    def abandon(self, which: int) -> None:
+        cache, _ = self.pair(which)
+        cache.begin(7)
+        cache.abandon()
+
+    @rule(which=st.integers(0, 2), k=st.integers(1, 12))
+    def run_out_of_budget(self, which: int, k: int) -> None:
+        cache, model = self.pair(which)
+        self.arena._native.fail_after(k)
+        try:
+            cache.begin(100)
+        except errors.BudgetError:
+            assert cache.pending == 0
+        else:
+            cache.rollback()
+        self.arena._native.fail_after(0)
+        assert cache.length == model.length
+
+    @invariant()
+    def formats_and_bytes_are_exact(self) -> None:
+        shared = set()
+        for cache, model in self.pairs:
+            assert (cache.length, cache.pending, cache.kept_from, cache.rewind_floor) == (
+                model.length, 0, model.lost, model.floor()
+            )
+            stats = cache.stats()
+            assert stats.total_bytes == model.bytes()
+            shared.add(stats.shared_bytes > 0)
+            for layer, head in HEADS:
+                wanted = np.full(model.length, NOT_HELD, np.uint8)
+                wanted[: model.origin(layer)] = FORMATS["f16"]
+                for block in model.held(layer):
+                    wanted[block.start : block.start + block.tokens] = FORMATS[block.formats[layer, head]]
+                assert (cache.formats(layer, head) == wanted).all()
+        total = used(self.arena)
+        sums = [cache.stats() for cache, _ in self.pairs]
+        assert total <= sum(one.total_bytes for one in sums)
+        assert total >= sum(one.total_bytes - one.shared_bytes for one in sums)
+        if shared == {False}:
+            assert total == sum(one.total_bytes for one in sums)
+
+    @invariant()
+    def contents_are_what_was_written(self) -> None:
+        """One position of every block (all would take too long), and every F16 one exactly."""
+        self.probe = getattr(self, "probe", 0) + 1
+        for cache, model in self.pairs:
+            for layer, head in HEADS:
+                for p in range(min(model.origin(layer), model.length)):
+                    k, v, kv = cache.read(layer, head, p)
+                    assert kv == "f16"
+                    assert (np.stack([k, v]) == model.values[layer][p, :, head]).all()
+                for block in model.held(layer):
+                    p = block.start + (self.probe * 37) % block.tokens
+                    k, v, kv = cache.read(layer, head, p)
+                    assert kv == block.formats[layer, head]
+                    off = np.abs(np.stack([k, v]) - model.values[layer][p, :, head])
+                    if kv == "f16":
+                        assert off.max() == 0
+                        continue
+                    bound = block.error[layer, head]
+                    assert (off[0] <= bound[0]).all()
+                    assert np.linalg.norm(off[1]) <= bound[1, 0]
+
+    def teardown(self) -> None:
+        for cache, _ in getattr(self, "pairs", []):
+            cache.close()
+        if hasattr(self, "arena"):
+            assert used(self.arena) == 0
+
+
+def campaign(examples: int, steps: int) -> None:
+    chosen = settings(
+        max_examples=examples, stateful_step_count=steps, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+    )
+    run_state_machine_as_test(CacheMachine, settings=chosen)
+
+
+def test_cache_equals_the_model():
+    campaign(examples=60, steps=50)
+
+
+@pytest.mark.slow
+def test_cache_equals_the_model_for_long():
+    campaign(examples=500, steps=100)
