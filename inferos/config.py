@@ -27,14 +27,14 @@ from pydantic.fields import FieldInfo
 from inferos.errors import ConfigError
 
 __all__ = [
-    "KV_WORDS",
-    "MODES",
-    "PRESETS",
     "IoPolicy",
+    "KV_WORDS",
     "KvPolicy",
     "LayerOverride",
     "LevelThresholds",
     "LoopsPolicy",
+    "MODES",
+    "PRESETS",
     "Policy",
     "QualityPolicy",
     "ResolvedPolicy",
@@ -58,7 +58,7 @@ _SHOW.maxstring = _SHOW.maxother = 60
 
 @dataclass(frozen=True, slots=True)
 class Thresholds:
-    """Shares of importance, 0..1: at or above `l1_int8` FP16, above `l2_int4` INT8, above `l3_evict` INT4, below evictable."""
+    """Shares of importance: FP16 from `l1_int8` up, INT8 from `l2_int4`, INT4 from `l3_evict`, below evictable"""
 
     l1_int8: float
     l2_int4: float
@@ -132,7 +132,9 @@ def parse_size(value: object) -> int:
     match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
     unit = (match[2] or "b").lower() if match else ""
     if match is None or unit not in _UNITS:
-        raise ConfigError(f"{_SHOW.repr(value)} is not a size; give bytes or a number with B, KB, MB, GB, KiB, MiB or GiB")
+        raise ConfigError(
+            f"{_SHOW.repr(value)} is not a size; give bytes or a number with B, KB, MB, GB, KiB, MiB or GiB"
+        )
     return int(Decimal(match[1]) * _UNITS[unit])
 
 
@@ -377,7 +379,7 @@ def load_policy(source: Policy | Mapping[str, Any] | str | Path | None) -> Polic
         if path.suffix.lower() == ".json":
             values = json.loads(text, object_pairs_hook=_no_duplicates)
         else:
-            values = yaml.load(text, Loader=_PolicyLoader)
+            values = yaml.load(text, Loader=_PolicyLoader)  # noqa: S506 - a SafeLoader
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"policy file {path.name}: {' '.join(str(error).split())}") from error
     if not isinstance(values, Mapping):
@@ -393,9 +395,12 @@ class _PolicyLoader(yaml.SafeLoader):  # type: ignore[misc, unused-ignore]
             raise yaml.YAMLError("aliases are not allowed in a policy")
         return super().compose_node(parent, index)
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:  # noqa: ARG002 - PyYAML's signature
         return _no_duplicates(
-            [(self.construct_object(key, deep=True), self.construct_object(value, deep=True)) for key, value in node.value]
+            [
+                (self.construct_object(key, deep=True), self.construct_object(value, deep=True))
+                for key, value in node.value
+            ]
         )
 
 
@@ -442,7 +447,7 @@ def _explain_one(problem: Any) -> str:
     if kind == "missing":
         return f"{where}: missing"
     if kind == "string_pattern_mismatch" or "[key]" in problem["loc"]:
-        return f"{where}: {value} is not a layer's number, such as \"0\" or \"-1\""
+        return f'{where}: {value} is not a layer\'s number, such as "0" or "-1"'
     if field is None:
         return f"{where}: {value} is not a mapping of keys to values"
     wanted = _expected(field)

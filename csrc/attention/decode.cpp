@@ -4,6 +4,7 @@
 #include <atomic>
 #include <vector>
 
+#include "attention/mass.hpp"
 #include "attention/plan.hpp"
 #include "kernels/hadamard.hpp"
 #include "kernels/scalar/exp.hpp"
@@ -95,17 +96,14 @@ void run_span(const Job& job, const Shape& shape, std::size_t span) noexcept {
   }
 }
 
-void add_mass(const Job& job, const Shape& shape, const float* top, const float* total) noexcept {
+// `total` becomes the heads' weights.
+void add_mass(const Job& job, const Shape& shape, const float* top, float* total) noexcept {
+  const float share = job.mass_weight / static_cast<float>(shape.group);
+  for (std::size_t g = 0; g < shape.group; ++g) total[g] = total[g] == 0.0F ? 0.0F : share / total[g];
   const float* logits = job.logits;
   for (const auto& list : job.lists) {
     for (const BlockView& block : list) {
-      for (std::size_t t = block.begin; t < block.end; ++t) {
-        float sum = 0.0F;
-        for (std::size_t g = 0; g < shape.group; ++g) {
-          if (total[g] != 0.0F) sum += exp_nonpositive(logits[g * kBlockTokens + t] - top[g]) / total[g];
-        }
-        job.mass[static_cast<std::size_t>(block.start) + t] += sum / static_cast<float>(shape.group) * job.mass_weight;
-      }
+      add_block_mass(block, logits, shape.group, top, total, job.mass);
       logits += shape.group * kBlockTokens;
     }
   }
@@ -168,10 +166,10 @@ void decode_rows(std::span<const RowPlan> rows, const Shape& shape, Executor& ex
       jobs.push_back(job);
     }
   }
-  std::vector<float> partials(tasks.size() * partial_floats(shape));
+  Floats partials;
   std::vector<float> logits(logit_floats);
   Call call{shape, std::move(jobs), std::move(tasks), std::vector<std::atomic<std::size_t>>(rows.size() * shape.kv_heads)};
-  float* next_partial = partials.data();
+  float* next_partial = partials.at_least(call.tasks.size() * partial_floats(shape));
   float* next_logits = logits.data();
   for (std::size_t j = 0; j < call.jobs.size(); ++j) {
     Job& job = call.jobs[j];

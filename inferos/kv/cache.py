@@ -270,10 +270,12 @@ class KVCache:
         SequenceError
             If no step is open or the layer has appended already.
         """
-        _core.cache.append(self.handle, layer, k, v)
+        _core.cache.append(self.handle, layer, k, v)  # pyright: ignore[reportCallIssue, reportArgumentType] - one of two
 
     @overload
-    def attend(self, layer: int, q: Real, scale: float = 0.0, softcap: float = 0.0, mass: Literal[False] = False) -> Real: ...
+    def attend(
+        self, layer: int, q: Real, scale: float = 0.0, softcap: float = 0.0, mass: Literal[False] = False
+    ) -> Real: ...
 
     @overload
     def attend(
@@ -400,7 +402,8 @@ class KVCache:
 
     def take_error(self) -> InferosError | None:
         """The typed error of the last call that failed inside ONNX Runtime on this handle, which is then forgotten."""
-        return _core.cache.take_error(self.handle)
+        error: InferosError | None = _core.cache.take_error(self.handle)
+        return error
 
     def abandon(self) -> None:
         """Take the sequence back from a run that hangs: drops the open step and changes the handle.

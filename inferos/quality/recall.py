@@ -57,6 +57,7 @@ class TextEncoder(Protocol):
 
     def encode(self, sequence: str, *, add_special_tokens: bool) -> Encoding:
         """Ids of a text."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

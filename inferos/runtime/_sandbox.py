@@ -36,40 +36,103 @@ from jinja2.utils import Namespace
 
 __all__ = ["Budget", "Sandbox"]
 
-MAX_SOURCE = 128 << 10
-MAX_NODES = 15_000
+MAX_SOURCE = 64 << 10
+MAX_NODES = 10_000
 MAX_ASSIGNMENTS = 1000
+# A statement with a scope of its own costs the compiler as much as this many other parts.
+_SCOPE_PARTS = 16
 MAX_DEPTH = 64
 MAX_RANGE = 10_000
 MAX_INT_BITS = 4096
 MAX_NEEDLE = 1024
 MAX_SECONDS = 5.0
 
-_STATEMENTS = (
-    nodes.Output,
-    nodes.For,
-    nodes.If,
-    nodes.Macro,
-    nodes.CallBlock,
-    nodes.FilterBlock,
-    nodes.With,
-    nodes.Assign,
-    nodes.AssignBlock,
-    nodes.Break,
-    nodes.Continue,
-    nodes.Scope,
-)
-_FILTERS = (
-    "abs capitalize count d default dictsort first float groupby int items last length list lower map max min reject"
-    " rejectattr reverse select selectattr sort string title unique upper"
-).split()
+_SCOPES = (nodes.For, nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.With, nodes.AssignBlock, nodes.Scope)
+_STATEMENTS = (*_SCOPES, nodes.Output, nodes.If, nodes.Assign, nodes.Break, nodes.Continue)
+_FILTERS = [
+    "abs",
+    "capitalize",
+    "count",
+    "d",
+    "default",
+    "dictsort",
+    "first",
+    "float",
+    "groupby",
+    "int",
+    "items",
+    "last",
+    "length",
+    "list",
+    "lower",
+    "map",
+    "max",
+    "min",
+    "reject",
+    "rejectattr",
+    "reverse",
+    "select",
+    "selectattr",
+    "sort",
+    "string",
+    "title",
+    "unique",
+    "upper",
+]
 _STR_METHODS = frozenset(
-    "capitalize casefold count endswith find format index isalnum isalpha isdecimal isdigit islower isnumeric isspace"
-    " isupper join lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition rsplit rstrip split"
-    " splitlines startswith strip swapcase title upper".split()
+    [
+        "capitalize",
+        "casefold",
+        "count",
+        "endswith",
+        "find",
+        "format",
+        "index",
+        "isalnum",
+        "isalpha",
+        "isdecimal",
+        "isdigit",
+        "islower",
+        "isnumeric",
+        "isspace",
+        "isupper",
+        "join",
+        "lower",
+        "lstrip",
+        "partition",
+        "removeprefix",
+        "removesuffix",
+        "replace",
+        "rfind",
+        "rindex",
+        "rpartition",
+        "rsplit",
+        "rstrip",
+        "split",
+        "splitlines",
+        "startswith",
+        "strip",
+        "swapcase",
+        "title",
+        "upper",
+    ]
 )
 _LOOP = frozenset(
-    "changed cycle depth depth0 first index index0 last length nextitem previtem revindex revindex0".split()
+    [
+        "changed",
+        "cycle",
+        "depth",
+        "depth0",
+        "first",
+        "index",
+        "index0",
+        "last",
+        "length",
+        "nextitem",
+        "previtem",
+        "revindex",
+        "revindex0",
+    ]
 )
 _ATTRIBUTES: tuple[tuple[type, frozenset[str]], ...] = (
     (str, _STR_METHODS),
@@ -80,7 +143,14 @@ _ATTRIBUTES: tuple[tuple[type, frozenset[str]], ...] = (
 )
 _ATOMS = (str, int, float, bool, type(None), jinja2.Undefined)
 # The last three are the views that a dict's own methods give.
-_CONTAINERS: tuple[type[Collection[Any]], ...] = (dict, list, tuple, type({}.keys()), type({}.values()), type({}.items()))
+_CONTAINERS: tuple[type[Collection[Any]], ...] = (
+    dict,
+    list,
+    tuple,
+    type({}.keys()),
+    type({}.values()),
+    type({}.items()),
+)
 
 
 class Budget:
@@ -249,7 +319,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         stack: list[nodes.Node] = [tree]
         while stack:
             node = stack.pop()
-            seen += 1
+            seen += _SCOPE_PARTS if isinstance(node, _SCOPES) else 1
             assigned += isinstance(node, (nodes.Assign, nodes.AssignBlock))
             if isinstance(node, nodes.Stmt) and not isinstance(node, _STATEMENTS):
                 raise SecurityError(f"it uses {type(node).__name__.lower()}, which a chat template may not")
@@ -326,7 +396,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
             result = self._call_str(obj.__name__, owner, args, given)
         elif isinstance(owner, (dict, list, tuple)):
             result = obj(*args, **given)
-        elif isinstance(obj, (jinja2.runtime.Macro, jinja2.runtime.LoopContext)) or any(obj is c for c in self._callables):
+        elif isinstance(obj, (jinja2.runtime.Macro, jinja2.runtime.LoopContext)) or any(
+            obj is c for c in self._callables
+        ):
             result = super().call(context, obj, *args, **kwargs)
         elif isinstance(owner, jinja2.runtime.LoopContext):
             result = obj(*args, **given)
@@ -430,9 +502,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             raise SecurityError("it asks for JSON with a deep indent")
         if separators is not None and sum(len(_text(part)) for part in separators) > 16:
             raise SecurityError("it asks for JSON with long separators")
-        encoder = json.JSONEncoder(
-            ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-        )
+        encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
         parts: list[str] = []
         size = 0
         for part in encoder.iterencode(value):

@@ -89,7 +89,8 @@ class StockSequence:
 
     def feed(self, ids: Ids) -> Float32:
         """Logits (vocab_size,) after the last id."""
-        return self._feed(ids, keep_all=False)[-1]
+        last: Float32 = self._feed(ids, keep_all=False)[-1]
+        return last
 
     def feed_all(self, ids: Ids) -> Float32:
         """Logits (tokens, vocab_size) after each id."""

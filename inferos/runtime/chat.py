@@ -11,7 +11,7 @@ without one gets the plain template::
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +24,7 @@ from inferos.errors import ConfigError, TemplateError
 from inferos.runtime._sandbox import MAX_DEPTH, MAX_SOURCE, Budget, Sandbox
 from inferos.runtime.tokenizer import read_json
 
-__all__ = ["PLAIN_TEMPLATE", "ChatTemplate", "Message", "check_messages", "find_template"]
+__all__ = ["ChatTemplate", "Message", "PLAIN_TEMPLATE", "check_messages", "find_template"]
 
 Message = Mapping[str, Any]
 
@@ -61,7 +61,7 @@ class ChatTemplate:
         self,
         source: str | None = None,
         named_tokens: Mapping[str, str] | None = None,
-        now: Callable[[], datetime.datetime] = datetime.datetime.now,
+        now: Callable[[], dt.datetime] = dt.datetime.now,
     ) -> None:
         self.plain = source is None
         self.stops: tuple[str, ...] = PLAIN_STOPS if source is None else ()
@@ -203,7 +203,7 @@ def _raise_exception(message: object = "") -> str:
     raise TemplateError(f"chat template: {str(message)[:500]}")
 
 
-def _strftime(now: Callable[[], datetime.datetime], form: object) -> str:
+def _strftime(now: Callable[[], dt.datetime], form: object) -> str:
     if not isinstance(form, str) or not _STRFTIME.fullmatch(form):
         raise TemplateError("chat template: strftime_now takes a short format without widths")
     return now().strftime(form)

@@ -34,6 +34,7 @@ class Cancel(Protocol):
 
     def is_set(self) -> bool:
         """Whether to stop."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

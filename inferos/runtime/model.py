@@ -24,7 +24,7 @@ from inferos.runtime.protocols import DecoderSession, Ids
 from inferos.runtime.sampler import Sampler, SamplingOptions
 from inferos.runtime.tokenizer import TextTokenizer, read_json
 
-__all__ = ["DEFAULT_MAX_TOKENS", "Conversation", "Model", "Prompt", "load", "resolve_model"]
+__all__ = ["Conversation", "DEFAULT_MAX_TOKENS", "Model", "Prompt", "load", "resolve_model"]
 
 DEFAULT_MAX_TOKENS = 256
 
@@ -261,9 +261,9 @@ class Model:
             cancel=cancel,
         )
         ids = self.prompt_ids(prompt, tools=tools)
-        cached = CachedTokens(self.session, self._prefill_chunk)
+        cached = self._cache()
 
-        def end(generation: Generation, error: BaseException | None) -> None:
+        def end(_generation: Generation, _error: BaseException | None) -> None:
             cached.sequence.close()
 
         return self._start(cached, ids, sampler, limits, end)
@@ -363,6 +363,9 @@ class Model:
             texts = tuple(text for text in texts if text not in special)
         return Sampler(options), Limits(count, frozenset(ends), texts, cancel)
 
+    def _cache(self) -> CachedTokens:
+        return CachedTokens(self.session, self._prefill_chunk)
+
     def _start(
         self,
         cached: CachedTokens,
@@ -450,11 +453,11 @@ class Conversation:
         model, before = self._model, list(self._messages)
         chosen = {**self._options, **options}
         tools = chosen.pop("tools", None)
-        sampler, limits = model._prepare(True, **chosen)
+        sampler, limits = model._prepare(True, **chosen)  # noqa: SLF001 - a part of Model
         messages = [*before, *_as_messages(content)]
         ids = model.prompt_ids(messages, tools=tools)
         if self._cached is None:
-            self._cached = CachedTokens(model.session, model._prefill_chunk)
+            self._cached = model._cache()  # noqa: SLF001
         self._messages = messages
 
         def end(generation: Generation, error: BaseException | None) -> None:
@@ -465,7 +468,7 @@ class Conversation:
             if self._closed and self._cached is not None:
                 self._cached.sequence.close()
 
-        generation = model._start(self._cached, ids, sampler, limits, end)
+        generation = model._start(self._cached, ids, sampler, limits, end)  # noqa: SLF001
         self._running = weakref.ref(generation)
         return generation
 
@@ -500,7 +503,9 @@ class Conversation:
 
 
 def _are_messages(prompt: Prompt) -> bool:
-    return isinstance(prompt, Sequence) and not isinstance(prompt, str) and any(isinstance(p, Mapping) for p in prompt[:1])
+    return (
+        isinstance(prompt, Sequence) and not isinstance(prompt, str) and any(isinstance(p, Mapping) for p in prompt[:1])
+    )
 
 
 def _as_messages(content: str | Message | Sequence[Message]) -> list[dict[str, Any]]:

@@ -20,26 +20,32 @@ class TokenSequence(Protocol):
     @property
     def length(self) -> int:
         """Committed tokens."""
+        ...
 
     @property
     def kv_bytes(self) -> int:
         """Bytes of KV held for this sequence, as the allocator counts them."""
+        ...
 
     @property
     def kv_elements(self) -> int:
         """K and V values held: tokens x layers x 2 x kv_heads x head_dim."""
+        ...
 
     def feed(self, ids: Ids) -> Float32:
         """Run ids (tokens,) in one step and commit them; logits (vocab_size,) after the last."""
+        ...
 
     def feed_all(self, ids: Ids) -> Float32:
         """Run ids (tokens,) in one step and commit them; logits (tokens, vocab_size) after each."""
+        ...
 
     def rewind(self, length: int) -> None:
         """Forget positions >= length. Raises RewindError where that position is gone."""
 
     def fork(self) -> TokenSequence:
         """A second sequence with the same tokens."""
+        ...
 
     def close(self) -> None:
         """Free the cache. Closing twice does nothing."""
@@ -51,17 +57,22 @@ class DecoderSession(Protocol):
     @property
     def vocab_size(self) -> int:
         """Tokens the model knows: the length of a row of logits."""
+        ...
 
     @property
     def context_length(self) -> int:
         """Tokens the model can hold, from its configuration."""
+        ...
 
     @property
     def kv(self) -> str:
         """off, f16, int8, k8v4, int4 or auto."""
+        ...
 
     def sequence(self) -> TokenSequence:
         """A new, empty sequence."""
+        ...
 
     def step(self, sequences: Collection[TokenSequence], ids: Ids) -> Float32:
         """One token for each of several sequences: ids (rows,) -> logits (rows, vocab_size). Commits all or none."""
+        ...

@@ -277,9 +277,10 @@ def _marker(digest: str) -> dict[str, str]:
 
 def _read_marker(folder: Path) -> object | None:
     try:
-        return json.loads((folder / _MARKER).read_text("utf-8"))
+        marker: object = json.loads((folder / _MARKER).read_text("utf-8"))
     except (OSError, ValueError):
         return None
+    return marker
 
 
 def _write(layout: ModelLayout, target: Path, digest: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -310,7 +311,8 @@ def _fill(layout: ModelLayout, folder: Path, digest: str) -> tuple[tuple[str, ..
     folder.mkdir()
     model = rewrite_model(load_graph(layout.model_path), head_dim=layout.layers[0].head_dim)
     (folder / layout.model_path.name).write_bytes(model.SerializeToString())
-    linked, copied = [], []
+    linked: list[str] = []
+    copied: list[str] = []
     for path in external_files(model, layout.model_path.parent):
         name = path.relative_to(layout.model_path.parent)
         (linked if _link_or_copy(path, folder / name) else copied).append(str(name))

@@ -8,9 +8,9 @@ In this order: repetition penalty, temperature, top-k, top-p, min-p, draw.
 - **Top-k** keeps the k most likely ids; among equals the lower id comes first, here and below.
 - **Top-p** keeps the fewest of those whose share of their sum reaches p (https://arxiv.org/abs/1904.09751).
 - **Min-p** keeps ids at least min_p times as likely as the most likely one (https://arxiv.org/abs/2407.01082).
-- **The draw** walks the kept ids in ascending order until the running weight exceeds u times their sum. u is draw number n
-  of a counter-based SplitMix64: ``mix(mix(seed) + (n + 1) * 0x9E3779B97F4A7C15) >> 11`` over 2^53, with n the number of
-  tokens accepted so far.
+- **The draw** walks the kept ids in ascending order until the running weight exceeds u times their sum. u is draw
+  number n of a counter-based SplitMix64: ``mix(mix(seed) + (n + 1) * 0x9E3779B97F4A7C15) >> 11`` over 2^53, with n the
+  number of tokens accepted so far.
 
 Only finite logits take part. The reported log-probability is the model's own: log-softmax of the unmodified logits
 over the finite ones, in nats, whatever the options did to the choice.

@@ -19,7 +19,7 @@ import tokenizers
 from inferos.errors import ConfigError, ModelError
 from inferos.runtime.protocols import Ids
 
-__all__ = ["TextStream", "TextTokenizer"]
+__all__ = ["TextStream", "TextTokenizer", "read_json"]
 
 MAX_CONFIG_BYTES = 64 << 20
 SPACE_MARK = "\u2581"
@@ -37,12 +37,15 @@ class TextStream(Protocol):
     @property
     def pending(self) -> bool:
         """Whether bytes of an unfinished character are held."""
+        ...
 
     def push(self, token: int) -> str:
         """The text that became certain with this id; often one piece, sometimes nothing."""
+        ...
 
     def flush(self) -> str:
         """What is held at the end: U+FFFD for an unfinished character, else nothing."""
+        ...
 
 
 class TextTokenizer:
@@ -84,7 +87,7 @@ class TextTokenizer:
     def special_tokens(self) -> dict[str, int]:
         """Text -> id of the tokens that are never part of the text."""
         added = self._tokenizer.get_added_tokens_decoder()
-        return {token.content: id for id, token in added.items() if token.special}
+        return {token.content: number for number, token in added.items() if token.special}
 
     @cached_property
     def named_tokens(self) -> dict[str, str]:

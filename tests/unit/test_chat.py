@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import json
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from jinja2.exceptions import SecurityError
+
 from inferos.errors import ConfigError, ModelError, TemplateError
 from inferos.runtime._sandbox import MAX_SOURCE, Budget
 from inferos.runtime.chat import ChatTemplate, check_messages, find_template
-from jinja2.exceptions import SecurityError
 
 TALK = [
     {"role": "system", "content": "Be short."},
@@ -39,10 +40,16 @@ RICH = """{{- bos_token }}
 {%- macro kind(schema) -%}
     {%- if schema.type is string %}{{ schema.type }}{% else %}{{ schema.type | join(' | ') }}{% endif -%}
 {%- endmacro %}
-{%- for message in messages[::-1] if message.role == 'user' %}{% if loop.first %}{% set ns.last = loop.revindex0 %}{% endif %}{% endfor %}
+{%- for message in messages[::-1] if message.role == 'user' %}
+    {%- if loop.first %}{% set ns.last = loop.revindex0 %}{% endif %}
+{%- endfor %}
 {{- ns.system ~ '|' ~ date_string ~ '|' ~ ns.last }}
 {%- for tool in tools or [] %}
-    {{- '\\n' + tool.function.name }}({% for name, p in tool.function.parameters.properties | dictsort %}{{ name }}: {{ kind(p) }}{{ ', ' if not loop.last }}{% endfor %})
+    {{- '\\n' + tool.function.name + '(' }}
+    {%- for name, p in tool.function.parameters.properties | dictsort %}
+        {{- name }}: {{ kind(p) }}{{ ', ' if not loop.last }}
+    {%- endfor -%}
+    )
     {{- tool | tojson(indent=2) }}
 {%- endfor %}
 {%- for message in loop_messages %}
@@ -50,15 +57,17 @@ RICH = """{{- bos_token }}
         {{- raise_exception('Roles must alternate') }}
     {%- endif %}
     {%- set content = message.content %}
-    {%- if content is not string %}{% set content = content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('') %}{% endif %}
+    {%- if content is not string %}
+        {%- set content = content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('') %}
+    {%- endif %}
     {%- if '</think>' in content %}{% set content = content.split('</think>')[-1].lstrip('\\n') %}{% endif %}
     {{- '\\n[' ~ message.role | upper ~ '] ' ~ content.strip().replace('so', 'SO') }}
     {%- if loop.previtem is defined and loop.nextitem is not defined %}{{ eos_token }}{% endif %}
 {%- endfor %}"""
 
 
-def noon() -> datetime.datetime:
-    return datetime.datetime(2026, 7, 4, 12)
+def noon() -> dt.datetime:
+    return dt.datetime(2026, 7, 4, 12)
 
 
 def render(source: str | None, messages: Any = TALK, **more: Any) -> str:
@@ -71,7 +80,12 @@ def test_chatml_is_what_transformers_gives() -> None:
 
 
 def test_the_forms_of_known_families_work() -> None:
-    tool = {"function": {"name": "add", "parameters": {"properties": {"b": {"type": ["int", "null"]}, "a": {"type": "int"}}}}}
+    tool = {
+        "function": {
+            "name": "add",
+            "parameters": {"properties": {"b": {"type": ["int", "null"]}, "a": {"type": "int"}}},
+        }
+    }
     messages = [*TALK[:3], {"role": "user", "content": [{"type": "text", "text": "and so?"}, {"type": "image"}]}]
     messages[2] = {"role": "assistant", "content": "<think>x</think>\nHi."}
     assert render(RICH, messages, tools=[tool]) == (
@@ -87,11 +101,12 @@ def test_a_template_can_refuse_the_messages() -> None:
 
 
 def test_json_is_written_as_into_training_data() -> None:
-    assert render("{{ messages[0].content | tojson }}", [{"role": "u", "content": "<é> & 'x'"}]) == '"<é> & \'x\'"'
+    assert render("{{ messages[0].content | tojson }}", [{"role": "u", "content": "<é> & 'x'"}]) == "\"<é> & 'x'\""
 
 
 def test_generation_marks_and_loop_controls_work() -> None:
-    source = "{% for i in [1, 2, 3] %}{% if i == 2 %}{% continue %}{% endif %}{% generation %}{{ i }}{% endgeneration %}{% endfor %}"
+    body = "{% if i == 2 %}{% continue %}{% endif %}{% generation %}{{ i }}{% endgeneration %}"
+    source = "{% for i in [1, 2, 3] %}" + body + "{% endfor %}"
     assert render(source) == "13"
 
 
@@ -171,7 +186,10 @@ HOSTILE = [
     "{% macro m() %}{{ m() }}{{ m() }}{% endmacro %}{{ m() }}",
     "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
     "{% macro m() %}{{ m(varargs, varargs) }}{% endmacro %}{{ m(1) }}",
-    "{% macro m() %}{{ caller() }}{{ caller() }}{% endmacro %}{% call m() %}" + LOOP + LOOP + "{% endfor %}{% endfor %}{% endcall %}",
+    "{% macro m() %}{{ caller() }}{{ caller() }}{% endmacro %}{% call m() %}"
+    + LOOP
+    + LOOP
+    + "{% endfor %}{% endfor %}{% endcall %}",
     "{% for x in [1] recursive %}{{ loop([1]) }}{{ loop([1]) }}{% endfor %}",
     "{% set ns = namespace(x='a') %}" + LOOP + "{% set ns.x = ns.x + ns.x %}{% endfor %}",
     "{% set ns = namespace(x='a') %}" + LOOP + "{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
@@ -180,7 +198,9 @@ HOSTILE = [
     "{% set ns = namespace(x='aa') %}" + LOOP + "{% set ns.x = ns.x.join(ns.x) %}{% endfor %}",
     "{% set ns = namespace(x='aa') %}" + LOOP + "{% set ns.x = [ns.x, ns.x] | join(ns.x) %}{% endfor %}",
     "{% set ns = namespace(x='{}{}') %}" + LOOP + "{% set ns.x = ns.x.format(ns.x, ns.x) ~ '{}{}' %}{% endfor %}",
-    "{% set ns = namespace(x='a') %}" + LOOP + "{% set x %}{{ ns.x }}{{ ns.x }}{% endset %}{% set ns.x = x %}{% endfor %}",
+    "{% set ns = namespace(x='a') %}"
+    + LOOP
+    + "{% set x %}{{ ns.x }}{{ ns.x }}{% endset %}{% set ns.x = x %}{% endfor %}",
     "{% set ns = namespace(x=[1]) %}" + LOOP + "{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x == ns.x }}",
     "{% set ns = namespace(x={}) %}" + LOOP + "{% set ns.x = dict(a=ns.x, b=ns.x) %}{% endfor %}{{ ns.x | tojson }}",
     "{% set ns = namespace(x=(1,)) %}" + LOOP + "{% set ns.x = (ns.x,) %}{% endfor %}{{ {ns.x: 1} }}",
@@ -196,10 +216,12 @@ HOSTILE = [
     "{{ " + "+".join(["1"] * 30_000) + " }}",
     "{{ " + "[" * 3000 + "]" * 3000 + " }}",
     "{{ a" + ".b" * 30_000 + " }}",
-    "{{ a }}" * 15_000,
-    "{% if 0 %}" + "{% elif 0 %}" * 8000 + "{% endif %}",
+    "{{a}}" * 13_000,
+    "{% if 0 %}" + "{% elif 0 %}" * 4500 + "{% endif %}",
     "{% if 0 %}" * 3000 + "{% endif %}" * 3000,
-    "{% set a = 1 %}" * 5000,
+    "{% set a = 1 %}" * 4000,
+    "{% macro m() %}{% endmacro %}" * 2000,
+    "{% call m() %}{% endcall %}" * 2000,
     LOOP * 30 + "{% endfor %}" * 30,
     "x" * (MAX_SOURCE + 1),
     "{{ 5 // 0 }}",
@@ -214,19 +236,20 @@ HOSTILE = [
 
 @pytest.mark.parametrize("source", HOSTILE, ids=lambda source: source[:60].replace("\t", " "))
 def test_a_hostile_template_ends_soon_with_a_typed_error(source: str) -> None:
-    began = time.perf_counter()
+    began = time.thread_time()
     with pytest.raises(TemplateError, match=r"^chat template: "):
         render(source)
-    # The backstop is 5 s; budgets end each of these well before it.
-    assert time.perf_counter() - began < 4.5
+    # The backstop is 5 s; budgets end each of these well before it. This thread's own time: the machine may be busy.
+    assert time.thread_time() - began < 2.5
 
 
 def test_the_time_limit_holds_even_where_no_other_does() -> None:
     clock = iter(range(100))
     budget = Budget(0, lambda: float(next(clock)))
+    for _ in range(5):
+        budget.spend(0)
     with pytest.raises(SecurityError, match="longer than 5 s"):
-        for _ in range(10):
-            budget.spend(0)
+        budget.spend(0)
 
 
 def test_the_limits_grow_with_the_messages() -> None:

@@ -8,6 +8,7 @@ from typing import Any, get_args
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from inferos.config import (
     KV_WORDS,
     MODES,
@@ -258,7 +259,7 @@ def test_a_bad_file_is_a_config_error(tmp_path: Path, name: str, text: str, mess
 
 
 def test_a_missing_file_is_a_config_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="absent.yaml"):
+    with pytest.raises(ConfigError, match=r"absent\.yaml"):
         load_policy(tmp_path / "absent.yaml")
 
 

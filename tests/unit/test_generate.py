@@ -34,7 +34,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([END, "<s>"])
     tokenizer.save(str(made / "tokenizer.json"))
-    template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+    template = (
+        "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+    )
     (made / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "chat_template": template}))
     return made
 
@@ -410,7 +412,7 @@ def test_stop_texts_need_a_tokenizer() -> None:
 
 
 def test_an_empty_prompt_begins_with_the_bos(folder: Path) -> None:
-    model, session = saying(folder, "hi", prompt="<s>")
+    model, _ = saying(folder, "hi", prompt="<s>")
     model.bos_id = ids_of(folder, "<s>")[0]
     assert "".join(t.text for t in model.generate("")) == "hi"
 
@@ -524,7 +526,7 @@ def test_resetting_keeps_the_system_message_only(folder: Path) -> None:
 
 
 def test_a_conversation_dropped_inside_a_turn_lives_until_its_answer_ends(folder: Path) -> None:
-    model, session = echo(folder)
+    model, _ = echo(folder)
     generation = model.chat().send("hi")
     watch = weakref.ref(generation)
     assert "".join(t.text for t in generation) == "ok"

@@ -9,8 +9,9 @@ import tomllib
 import types
 from pathlib import Path
 
-import inferos
 import pytest
+
+import inferos
 
 HEAVY = {"onnxruntime", "onnx", "pydantic", "tokenizers", "jinja2", "yaml", "typer", "rich", "huggingface_hub"}
 

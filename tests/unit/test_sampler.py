@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from inferos.errors import ConfigError, ModelError, ShapeError
 from inferos.runtime import _sampler
 from inferos.runtime.protocols import Float32

@@ -10,9 +10,10 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+
 from inferos.errors import ConfigError, ModelError
 from inferos.runtime.tokenizer import _ALPHABET, MAX_HELD, TextTokenizer, _WindowStream, read_json
-from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 TEXTS = [
     "Once upon a time",
@@ -45,7 +46,7 @@ def byte_fallback() -> tokenizers.Tokenizer:
         models.BPE(
             {p: i for i, p in enumerate(pieces)},
             [("▁", "t"), ("▁t", "o")],
-            unk_token="<unk>",
+            unk_token="<unk>",  # noqa: S106 - a token, but no secret
             byte_fallback=True,
             fuse_unk=True,
         )
@@ -61,7 +62,11 @@ def metaspace() -> tokenizers.Tokenizer:
     """A decoder that only works on whole windows."""
     pieces = ["<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz", "▁a", "▁b"]
     tokenizer = tokenizers.Tokenizer(
-        models.BPE({p: i for i, p in enumerate(pieces)}, [("▁", "a"), ("▁", "b")], unk_token="<unk>")
+        models.BPE(
+            {p: i for i, p in enumerate(pieces)},
+            [("▁", "a"), ("▁", "b")],
+            unk_token="<unk>",  # noqa: S106
+        )
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()

@@ -1,0 +1,80 @@
+"""
+Sequences by handle. One thread at a time uses a sequence: BusyError.
+"""
+from __future__ import annotations
+import collections.abc
+import inferos._core
+import numpy
+import numpy.typing
+import typing
+__all__: list[str] = ['abandon', 'append', 'attend', 'begin', 'clear', 'close', 'commit', 'demote', 'enter', 'fork', 'formats', 'grid_blocks', 'kept_from', 'length', 'open', 'open_sequences', 'pending', 'read', 'rewind', 'rewind_floor', 'rollback', 'scores', 'stats', 'take_error']
+def abandon(handle: typing.SupportsInt | typing.SupportsIndex) -> int:
+    """
+    Drops the open step; the new handle. The old one is refused.
+    """
+@typing.overload
+def append(handle: typing.SupportsInt | typing.SupportsIndex, layer: typing.SupportsInt | typing.SupportsIndex, k: numpy.typing.NDArray[numpy.float32], v: numpy.typing.NDArray[numpy.float32]) -> None:
+    """
+    k, v: (tokens, kv_heads, head_dim) of the open step
+    """
+@typing.overload
+def append(handle: typing.SupportsInt | typing.SupportsIndex, layer: typing.SupportsInt | typing.SupportsIndex, k: numpy.typing.NDArray[numpy.float16], v: numpy.typing.NDArray[numpy.float16]) -> None:
+    """
+    k, v: (tokens, kv_heads, head_dim) of the open step
+    """
+@typing.overload
+def attend(handle: typing.SupportsInt | typing.SupportsIndex, layer: typing.SupportsInt | typing.SupportsIndex, q: numpy.typing.NDArray[numpy.float32], scale: typing.SupportsFloat | typing.SupportsIndex = 0.0, softcap: typing.SupportsFloat | typing.SupportsIndex = 0.0, mass: bool = False) -> tuple[numpy.typing.NDArray[numpy.float32], typing.Any]:
+    """
+    q: (tokens, heads, head_dim) -> ((tokens, heads, head_dim), None or (kv_heads, visible tokens))
+    """
+@typing.overload
+def attend(handle: typing.SupportsInt | typing.SupportsIndex, layer: typing.SupportsInt | typing.SupportsIndex, q: numpy.typing.NDArray[numpy.float16], scale: typing.SupportsFloat | typing.SupportsIndex = 0.0, softcap: typing.SupportsFloat | typing.SupportsIndex = 0.0, mass: bool = False) -> tuple[numpy.typing.NDArray[numpy.float16], typing.Any]:
+    """
+    q: (tokens, heads, head_dim) -> ((tokens, heads, head_dim), None or (kv_heads, visible tokens))
+    """
+def begin(handle: typing.SupportsInt | typing.SupportsIndex, tokens: typing.SupportsInt | typing.SupportsIndex) -> None:
+    ...
+def clear(handle: typing.SupportsInt | typing.SupportsIndex) -> None:
+    ...
+def close(handle: typing.SupportsInt | typing.SupportsIndex) -> None:
+    """
+    Waits for a call in flight, then frees the sequence.
+    """
+def commit(handle: typing.SupportsInt | typing.SupportsIndex) -> None:
+    ...
+def demote(handle: typing.SupportsInt | typing.SupportsIndex, layer: typing.SupportsInt | typing.SupportsIndex, head: typing.SupportsInt | typing.SupportsIndex, index: typing.SupportsInt | typing.SupportsIndex, format: str) -> bool:
+    ...
+def enter(handle: typing.SupportsInt | typing.SupportsIndex, layer: typing.SupportsInt | typing.SupportsIndex, past: typing.SupportsInt | typing.SupportsIndex, tokens: typing.SupportsInt | typing.SupportsIndex) -> None:
+    ...
+def fork(handle: typing.SupportsInt | typing.SupportsIndex) -> int:
+    ...
+def formats(handle: typing.SupportsInt | typing.SupportsIndex, layer: typing.SupportsInt | typing.SupportsIndex, head: typing.SupportsInt | typing.SupportsIndex) -> numpy.typing.NDArray[numpy.uint8]:
+    ...
+def grid_blocks(handle: typing.SupportsInt | typing.SupportsIndex, layer: typing.SupportsInt | typing.SupportsIndex) -> int:
+    ...
+def kept_from(handle: typing.SupportsInt | typing.SupportsIndex) -> int:
+    ...
+def length(handle: typing.SupportsInt | typing.SupportsIndex) -> int:
+    ...
+def open(layers: collections.abc.Sequence[tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex]], formats: collections.abc.Sequence[str], recent_window: typing.SupportsInt | typing.SupportsIndex, sink_tokens: typing.SupportsInt | typing.SupportsIndex, max_tokens: typing.SupportsInt | typing.SupportsIndex, arena: inferos._core.Arena, thresholds: tuple[typing.SupportsFloat | typing.SupportsIndex, typing.SupportsFloat | typing.SupportsIndex, typing.SupportsFloat | typing.SupportsIndex] | None = None) -> int:
+    """
+    layers: (kv_heads, head_dim, local_window) each; thresholds: None or (l1, l2, gamma) -> handle
+    """
+def open_sequences() -> int:
+    ...
+def pending(handle: typing.SupportsInt | typing.SupportsIndex) -> int:
+    ...
+def read(handle: typing.SupportsInt | typing.SupportsIndex, layer: typing.SupportsInt | typing.SupportsIndex, head: typing.SupportsInt | typing.SupportsIndex, position: typing.SupportsInt | typing.SupportsIndex) -> tuple[numpy.typing.NDArray[numpy.float32], numpy.typing.NDArray[numpy.float32], str]:
+    ...
+def rewind(handle: typing.SupportsInt | typing.SupportsIndex, length: typing.SupportsInt | typing.SupportsIndex) -> None:
+    ...
+def rewind_floor(handle: typing.SupportsInt | typing.SupportsIndex) -> int:
+    ...
+def rollback(handle: typing.SupportsInt | typing.SupportsIndex) -> None:
+    ...
+def scores(handle: typing.SupportsInt | typing.SupportsIndex, layer: typing.SupportsInt | typing.SupportsIndex, head: typing.SupportsInt | typing.SupportsIndex) -> numpy.typing.NDArray[numpy.float64]:
+    ...
+def stats(handle: typing.SupportsInt | typing.SupportsIndex) -> dict:
+    ...
+def take_error(handle: typing.SupportsInt | typing.SupportsIndex) -> typing.Any:
+    ...

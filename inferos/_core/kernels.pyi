@@ -1,0 +1,115 @@
+"""
+Quantisers, conversions and the rotation of every ISA; "" names the active one.
+"""
+from __future__ import annotations
+import numpy
+import numpy.typing
+import typing
+__all__: list[str] = ['Attend', 'active_isa', 'attend_runnable', 'dequantize_k4', 'dequantize_k8', 'dequantize_v4', 'dequantize_v8', 'f16_to_f32', 'f32_to_f16', 'pack_block', 'quantize_k4', 'quantize_k8', 'quantize_v4', 'quantize_v8', 'rotate', 'runnable_isas', 'unpack_block']
+class Attend:
+    """
+    Attention kernels of one ISA; csrc/kernels/attend.hpp fixes what they compute.
+    """
+    def decode(self, q: numpy.typing.NDArray[numpy.float32], format: typing.SupportsInt | typing.SupportsIndex, blocks: list[tuple[numpy.typing.NDArray[numpy.uint8], int, int, int, int]], visible: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex], scale: typing.SupportsFloat | typing.SupportsIndex, softcap: typing.SupportsFloat | typing.SupportsIndex, o: numpy.typing.NDArray[numpy.float32], m: numpy.typing.NDArray[numpy.float32], l: numpy.typing.NDArray[numpy.float32], logits: numpy.typing.NDArray[numpy.float32] | None = None) -> None:
+        """
+        One query token over blocks of one format; o, m and l are read and updated.
+        """
+    def expand(self, format: typing.SupportsInt | typing.SupportsIndex, block: tuple[numpy.typing.NDArray[numpy.uint8], int, int, int, int], head_dim: typing.SupportsInt | typing.SupportsIndex) -> tuple[numpy.typing.NDArray[numpy.float32], numpy.typing.NDArray[numpy.float32]]:
+        """
+        One block as f32 tiles: k (4, head_dim, 16), v (64, head_dim).
+        """
+    def prefill(self, q: numpy.typing.NDArray[numpy.float32], k: numpy.typing.NDArray[numpy.float32], v: numpy.typing.NDArray[numpy.float32], start: typing.SupportsInt | typing.SupportsIndex, begin: typing.SupportsInt | typing.SupportsIndex, end: typing.SupportsInt | typing.SupportsIndex, visible: numpy.typing.NDArray[numpy.int32], scale: typing.SupportsFloat | typing.SupportsIndex, softcap: typing.SupportsFloat | typing.SupportsIndex, o: numpy.typing.NDArray[numpy.float32], m: numpy.typing.NDArray[numpy.float32], l: numpy.typing.NDArray[numpy.float32]) -> None:
+        """
+        Many query rows over one expanded block; o, m and l are read and updated.
+        """
+    @property
+    def isa(self) -> str:
+        ...
+def active_isa() -> str:
+    """
+    The ISA in use
+    """
+def attend_runnable() -> list:
+    """
+    Attention kernels this CPU can run, scalar first.
+    """
+def dequantize_k4(codes: numpy.typing.NDArray[numpy.uint8], scales: numpy.typing.NDArray[numpy.uint16], half: bool = False, isa: str = '') -> numpy.ndarray:
+    """
+    (64, head_dim) float32, or fp16 bits in uint16 where half
+    """
+def dequantize_k8(codes: numpy.typing.NDArray[numpy.uint8], scales: numpy.typing.NDArray[numpy.uint16], half: bool = False, isa: str = '') -> numpy.ndarray:
+    """
+    (64, head_dim) float32, or fp16 bits in uint16 where half
+    """
+def dequantize_v4(codes: numpy.typing.NDArray[numpy.uint8], scales: numpy.typing.NDArray[numpy.uint16], half: bool = False, isa: str = '') -> numpy.ndarray:
+    """
+    (64, head_dim) float32, or fp16 bits in uint16 where half
+    """
+def dequantize_v8(codes: numpy.typing.NDArray[numpy.int8], scales: numpy.typing.NDArray[numpy.uint16], half: bool = False, isa: str = '') -> numpy.ndarray:
+    """
+    (64, head_dim) float32, or fp16 bits in uint16 where half
+    """
+def f16_to_f32(x: numpy.typing.NDArray[numpy.uint16], isa: str = '') -> numpy.typing.NDArray[numpy.float32]:
+    """
+    fp16 bits in uint16 -> float32
+    """
+def f32_to_f16(x: numpy.typing.NDArray[numpy.float32], saturate: bool = False, isa: str = '') -> numpy.typing.NDArray[numpy.uint16]:
+    """
+    float32 -> fp16 bits in uint16, nearest even
+    """
+def pack_block(format: str, k: numpy.typing.NDArray[numpy.float32], v: numpy.typing.NDArray[numpy.float32]) -> numpy.typing.NDArray[numpy.uint8]:
+    """
+    (tokens, head_dim) float32 keys and values -> the bytes of one block
+    """
+@typing.overload
+def quantize_k4(x: numpy.typing.NDArray[numpy.float32], isa: str = '') -> tuple:
+    """
+    (tokens, head_dim) float32 -> codes in block order, fp16 bits of scales (and minima)
+    """
+@typing.overload
+def quantize_k4(x: numpy.typing.NDArray[numpy.uint16], isa: str = '') -> tuple:
+    """
+    The same from fp16 bits in uint16
+    """
+@typing.overload
+def quantize_k8(x: numpy.typing.NDArray[numpy.float32], isa: str = '') -> tuple:
+    """
+    (tokens, head_dim) float32 -> codes in block order, fp16 bits of scales (and minima)
+    """
+@typing.overload
+def quantize_k8(x: numpy.typing.NDArray[numpy.uint16], isa: str = '') -> tuple:
+    """
+    The same from fp16 bits in uint16
+    """
+@typing.overload
+def quantize_v4(x: numpy.typing.NDArray[numpy.float32], isa: str = '') -> tuple:
+    """
+    (tokens, head_dim) float32 -> codes in block order, fp16 bits of scales (and minima)
+    """
+@typing.overload
+def quantize_v4(x: numpy.typing.NDArray[numpy.uint16], isa: str = '') -> tuple:
+    """
+    The same from fp16 bits in uint16
+    """
+@typing.overload
+def quantize_v8(x: numpy.typing.NDArray[numpy.float32], isa: str = '') -> tuple:
+    """
+    (tokens, head_dim) float32 -> codes in block order, fp16 bits of scales (and minima)
+    """
+@typing.overload
+def quantize_v8(x: numpy.typing.NDArray[numpy.uint16], isa: str = '') -> tuple:
+    """
+    The same from fp16 bits in uint16
+    """
+def rotate(x: numpy.typing.NDArray[numpy.float32], isa: str = '') -> numpy.typing.NDArray[numpy.float32]:
+    """
+    (rows, head_dim) float32, rotated by the Hadamard transform
+    """
+def runnable_isas() -> list[str]:
+    """
+    ISAs this CPU runs, scalar first, fastest last
+    """
+def unpack_block(format: str, block: numpy.typing.NDArray[numpy.uint8], head_dim: typing.SupportsInt | typing.SupportsIndex, tokens: typing.SupportsInt | typing.SupportsIndex) -> tuple:
+    """
+    The bytes of one block -> (tokens, head_dim) float32 keys and values
+    """
