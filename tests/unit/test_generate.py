@@ -466,6 +466,12 @@ def test_a_turn_that_is_cut_short_counts_with_what_it_gave(folder: Path) -> None
     assert session.sequences[0].ids[: len(fresh)] == fresh
 
 
+def test_a_turn_that_was_never_answered_is_forgotten(folder: Path) -> None:
+    conversation = echo(folder)[0].chat()
+    conversation.send("hi").close()
+    assert conversation.messages == []
+
+
 def test_a_turn_that_fails_leaves_the_conversation_as_it_was(folder: Path) -> None:
     model, session = echo(folder)
     conversation = model.chat()
