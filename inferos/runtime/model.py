@@ -429,8 +429,8 @@ class Conversation:
     def send(self, content: str | Message | Sequence[Message], **options: Any) -> Generation:
         """Say something; the answer comes as a generation.
 
-        A generation that is not finished is closed first, and what it gave counts as its answer. If the answer fails
-        or the messages do not fit, the conversation is as it was before.
+        A generation that is not finished is closed first, and what it gave counts as its answer. If it gave
+        nothing, the answer fails or the messages do not fit, the conversation is as it was before.
 
         Parameters
         ----------
@@ -461,10 +461,10 @@ class Conversation:
         self._messages = messages
 
         def end(generation: Generation, error: BaseException | None) -> None:
-            if error is None:
-                self._messages.append({"role": "assistant", "content": generation.text})
-            else:
+            if error is not None or (generation.tokens == 0 and generation.finish_reason == "cancelled"):
                 self._messages = before
+            else:
+                self._messages.append({"role": "assistant", "content": generation.text})
             if self._closed and self._cached is not None:
                 self._cached.sequence.close()
 
