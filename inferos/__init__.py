@@ -56,7 +56,6 @@ _HOMES = {
     "Policy": "inferos.config",
     "SamplingOptions": "inferos.runtime.sampler",
     "Token": "inferos.runtime.generate",
-    "kernels": "inferos.kv",
     "load": "inferos.runtime.model",
     "register": "inferos.runtime.register",
     "rewrite": "inferos.runtime.rewrite",
@@ -84,6 +83,8 @@ def _version() -> str:
 def __getattr__(name: str) -> object:
     if name == "__version__":
         value: object = _version()
+    elif name == "kernels":
+        value = _importlib.import_module("inferos.kv.kernels")
     elif name in _HOMES:
         value = getattr(_importlib.import_module(_HOMES[name]), name)
     else:

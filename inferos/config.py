@@ -27,14 +27,14 @@ from pydantic.fields import FieldInfo
 from inferos.errors import ConfigError
 
 __all__ = [
-    "KV_WORDS",
-    "MODES",
-    "PRESETS",
     "IoPolicy",
+    "KV_WORDS",
     "KvPolicy",
     "LayerOverride",
     "LevelThresholds",
     "LoopsPolicy",
+    "MODES",
+    "PRESETS",
     "Policy",
     "QualityPolicy",
     "ResolvedPolicy",

@@ -166,10 +166,10 @@ void decode_rows(std::span<const RowPlan> rows, const Shape& shape, Executor& ex
       jobs.push_back(job);
     }
   }
-  std::vector<float> partials(tasks.size() * partial_floats(shape));
+  Floats partials;
   std::vector<float> logits(logit_floats);
   Call call{shape, std::move(jobs), std::move(tasks), std::vector<std::atomic<std::size_t>>(rows.size() * shape.kv_heads)};
-  float* next_partial = partials.data();
+  float* next_partial = partials.at_least(call.tasks.size() * partial_floats(shape));
   float* next_logits = logits.data();
   for (std::size_t j = 0; j < call.jobs.size(); ++j) {
     Job& job = call.jobs[j];

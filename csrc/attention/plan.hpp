@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <vector>
 
 #include "attention/attention.hpp"
 #include "core/executor.hpp"
@@ -50,6 +51,20 @@ std::span<const kernels::BlockView> blocks_within(std::span<const kernels::Block
 
 // One query head's result from its sums: o / l, zeros where it saw nothing, NaN where q is not finite.
 void finish_head(const float* q, float* o, float l, std::size_t d) noexcept;
+
+// Room for floats from a 64-byte boundary on: vector loads that cross cache lines take twice as long. Grows, never shrinks.
+class Floats {
+ public:
+  float* at_least(std::size_t n) {
+    constexpr std::size_t kLine = 64 / sizeof(float);
+    if (values_.size() < n + kLine) values_.resize(n + kLine);
+    const std::size_t past = reinterpret_cast<std::uintptr_t>(values_.data()) / sizeof(float) % kLine;
+    return values_.data() + (past == 0 ? 0 : kLine - past);
+  }
+
+ private:
+  std::vector<float> values_;
+};
 
 // Every row has one token.
 void decode_rows(std::span<const RowPlan> rows, const Shape& shape, Executor& executor);

@@ -31,17 +31,22 @@ struct Tile {
 
 // Grows with the largest tile a thread has seen and is kept, so that a call pays no page faults for it.
 struct Scratch {
-  std::vector<float> floats;
+  Floats floats;
   std::vector<kernels::Visible> visible;
 };
 
-kernels::PrefillTile lay_out(const Tile& tile, const Shape& shape, Scratch& scratch) {
+struct Work {
+  kernels::PrefillTile tile;
+  float* k;
+  float* v;
+};
+
+Work lay_out(const Tile& tile, const Shape& shape, Scratch& scratch) {
   const std::size_t rows = (tile.last - tile.first) * shape.group;
   const std::size_t block = kBlockTokens * shape.d;
   const std::size_t wanted = 2 * block + rows * (2 * shape.d + 2);
-  if (scratch.floats.size() < wanted) scratch.floats.resize(wanted);
+  float* const k = scratch.floats.at_least(wanted);
   if (scratch.visible.size() < rows) scratch.visible.resize(rows);
-  float* const k = scratch.floats.data();
   float* const q = k + 2 * block;
   float* const o = q + rows * shape.d;
   float* const m = o + rows * shape.d;
@@ -56,14 +61,12 @@ kernels::PrefillTile lay_out(const Tile& tile, const Shape& shape, Scratch& scra
   std::fill_n(o, rows * shape.d, 0.0F);
   std::fill_n(m, rows, -std::numeric_limits<float>::infinity());
   std::fill_n(l, rows, 0.0F);
-  return {q, rows, shape.d, shape.scale, shape.softcap, k, k + block, 0, 0, 0, scratch.visible.data(), o, m, l};
+  return {{q, rows, shape.d, shape.scale, shape.softcap, k, k + block, 0, 0, 0, scratch.visible.data(), o, m, l}, k, k + block};
 }
 
 void run_tile(const Tile& tile, const Shape& shape) {
   static thread_local Scratch scratch;
-  kernels::PrefillTile work = lay_out(tile, shape, scratch);
-  float* const k = scratch.floats.data();
-  float* const v = k + kBlockTokens * shape.d;
+  auto [work, k, v] = lay_out(tile, shape, scratch);
   const kernels::Visible seen{work.visible[0].first, work.visible[work.rows - 1].last};  // by the tile as a whole
   bool rotated = false;
   for (const kernels::Format format : kVisitOrder) {

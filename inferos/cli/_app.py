@@ -42,7 +42,7 @@ def _report(error: BaseException, *, debug: bool) -> int:
     """Say what went wrong and return the exit code."""
     if isinstance(error, _CommandError):
         show = getattr(error, "format_message", error.__str__)
-        code, text = 2, show()
+        code, text = 2, show() + _given(error)
     elif isinstance(error, (KeyboardInterrupt, typer.Abort)):
         code, text = 1, "interrupted"
     elif isinstance(error, BrokenPipeError):
@@ -61,6 +61,12 @@ def _report(error: BaseException, *, debug: bool) -> int:
         traceback.print_exception(error)
     typer.echo(f"inferos: error: {' '.join(text.split())}", err=True)
     return code
+
+
+def _given(error: BaseException) -> str:
+    """The value that could not be read; newer typers leave it out of their message."""
+    details = getattr(error.__cause__, "errors", None)
+    return f" (given: {details()[0]['input']!r})" if callable(details) else ""
 
 
 app = typer.Typer(
@@ -84,7 +90,7 @@ def _version(wanted: bool) -> None:
 @app.callback(invoke_without_command=True)
 def _root(
     context: typer.Context,
-    version: Annotated[
+    _shown: Annotated[
         bool, typer.Option("--version", help="Show the version and exit.", callback=_version, is_eager=True)
     ] = False,
 ) -> None:

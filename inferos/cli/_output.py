@@ -17,7 +17,7 @@ from inferos.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Progress", "check_json_path", "console", "human_bytes", "plain", "progress_bar", "write_json"]
+__all__ = ["Progress", "check_json_path", "console", "human_bytes", "is_stdout", "plain", "progress_bar", "write_json"]
 
 _STDOUT = Path("-")
 _PIPED_WIDTH = 120  # columns
@@ -65,11 +65,16 @@ def progress_bar(total: int) -> Iterator[Progress]:
         yield _Bar()
 
 
+def is_stdout(json_path: Path | None) -> bool:
+    """Whether stdout carries the JSON, so that nothing else may go there."""
+    return json_path == _STDOUT
+
+
 def console(json_path: Path | None = None) -> Console:
     """Where text for a person goes: stdout, or stderr where stdout carries the JSON."""
     from rich.console import Console
 
-    to_stderr = json_path == _STDOUT
+    to_stderr = is_stdout(json_path)
     stream = sys.stderr if to_stderr else sys.stdout
     # A pipe has no width; rich would wrap at 80.
     return Console(stderr=to_stderr, highlight=False, width=None if stream.isatty() else _PIPED_WIDTH)

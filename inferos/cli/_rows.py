@@ -103,9 +103,7 @@ def measure_all(plan: Plan, progress: Progress) -> Outcome:
     return outcome
 
 
-def _recall(
-    plan: Plan, session: DecoderSession, kv: str, outcome: Outcome, progress: Progress
-) -> float | None:
+def _recall(plan: Plan, session: DecoderSession, kv: str, outcome: Outcome, progress: Progress) -> float | None:
     if not plan.questions:
         return None
     progress.describe(f"{kv}: recall")

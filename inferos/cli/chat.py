@@ -1,2 +1,112 @@
-"""placeholder"""
-def chat()->None: ...
+"""`inferos chat`: a conversation that keeps its cache between turns."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+
+from inferos.cli import _generation, _options, _output
+from inferos.cli._generation import (
+    MaxTokensOption,
+    MinPOption,
+    PenaltyOption,
+    SeedOption,
+    StopOption,
+    TemperatureOption,
+    TopKOption,
+    TopPOption,
+)
+from inferos.cli._options import (
+    DebugOption,
+    DeviceOption,
+    DryRunOption,
+    JsonOption,
+    KvKOption,
+    KvOption,
+    KvQuantizationOption,
+    KvVOption,
+    MemoryLimitOption,
+    ModelArgument,
+    OptimizationOption,
+)
+
+__all__ = ["chat"]
+
+_HELP = "/reset forgets what was said, /exit ends; Ctrl-C ends an answer."
+
+
+def chat(
+    model: ModelArgument,
+    system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="The system message.")] = None,
+    max_tokens: MaxTokensOption = 256,
+    temperature: TemperatureOption = None,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
+    min_p: MinPOption = None,
+    repetition_penalty: PenaltyOption = None,
+    seed: SeedOption = None,
+    stop: StopOption = None,
+    kv: KvOption = None,
+    kv_k: KvKOption = None,
+    kv_v: KvVOption = None,
+    kv_quantization: KvQuantizationOption = None,
+    optimization: OptimizationOption = None,
+    memory_limit: MemoryLimitOption = None,
+    device: DeviceOption = "auto",
+    json_path: JsonOption = None,
+    dry_run: DryRunOption = False,
+    _debug: DebugOption = False,
+) -> None:
+    """Talk with a model, a line a turn; only what is new is computed."""
+    _options.check_range("--max-tokens", max_tokens, 1)
+    effective = _options.resolve_kv(kv, kv_k, kv_v, optimization, kv_quantization)
+    request = _generation.Request.checked(model, effective, memory_limit, device)
+    _output.check_json_path(json_path)
+    if dry_run:
+        _generation.show_plan(request, max_tokens, json_path)
+        return
+    to = sys.stderr if _output.is_stdout(json_path) else sys.stdout
+    turns: list[dict[str, Any]] = []
+    with _generation.load_model(request) as loaded:
+        conversation = loaded.chat(
+            system,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=stop or (),
+        )
+        for line in _lines():
+            if line == "/reset":
+                conversation.reset()
+                continue
+            generation = conversation.send(line)
+            _generation.stream(generation, to)
+            turns.append({"user": line, "text": generation.text, **_generation.figures(generation)})
+            typer.echo(_generation.one_line(turns[-1], loaded.kv), err=True)
+        _output.write_json(json_path, {"schema": "inferos.chat/1", "model": model, "kv": loaded.kv, "turns": turns})
+
+
+def _lines() -> Iterator[str]:
+    """What the user says, up to /exit, the end of the input or Ctrl-C."""
+    interactive = sys.stdin.isatty()
+    if interactive:
+        typer.echo(_HELP, err=True)
+    while True:
+        try:
+            line = input("> ") if interactive else sys.stdin.readline()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if not interactive and not line:
+            return
+        line = line.strip()
+        if line == "/exit":
+            return
+        if line:
+            yield line

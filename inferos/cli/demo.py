@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -34,7 +33,7 @@ def demo(
     ] = _TRAINED_CONTEXT,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the sampled text and of the questions.")] = 0,
     json_path: JsonOption = None,
-    debug: DebugOption = False,
+    _debug: DebugOption = False,
 ) -> None:
     """Compare the cache formats on the embedded model: bytes, speed, quality, recall."""
     check_range("--context", context, _SHORTEST_CONTEXT, _TRAINED_CONTEXT)
@@ -62,7 +61,8 @@ def demo(
         words=reference_words(),
         filler=recall.default_filler(),
         first_token=0,
-        questions=8 if context >= 512 else 2,
+        documents=1,
+        questions=16 if context >= 512 else 2,
         seed=seed,
     )
     asked = sum(len(prompt.ids) for prompt in questions)

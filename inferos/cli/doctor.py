@@ -20,7 +20,7 @@ _OLDEST_ORT = (1, 24)
 _LOGIT_TOLERANCE = 0.05
 
 
-def doctor(json_path: JsonOption = None, debug: DebugOption = False) -> None:
+def doctor(json_path: JsonOption = None, _debug: DebugOption = False) -> None:
     """Show versions, instruction sets, memory, providers, what would be used and why; try the embedded model."""
     _output.check_json_path(json_path)
     from inferos.runtime import environment

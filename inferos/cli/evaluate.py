@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from inferos.cli import _options, _output
+from inferos.cli import _options, _output, _plan
 from inferos.cli._options import (
     DebugOption,
     DeviceOption,
@@ -40,9 +40,7 @@ def evaluate(
         Path | None,
         typer.Option("--text", metavar="FILE", help="UTF-8 text; without it the model writes its own."),
     ] = None,
-    context: Annotated[
-        int | None, typer.Option("--context", metavar="N", help="Tokens in the cache.")
-    ] = None,
+    context: Annotated[int | None, typer.Option("--context", metavar="N", help="Tokens in the cache.")] = None,
     kv: Annotated[
         str, typer.Option("--kv", metavar="LIST", help="Formats: off, f16, int8, k8v4, int4, auto.")
     ] = _DEFAULT_FORMATS,
@@ -57,7 +55,7 @@ def evaluate(
     device: DeviceOption = "auto",
     json_path: JsonOption = None,
     dry_run: DryRunOption = False,
-    debug: DebugOption = False,
+    _debug: DebugOption = False,
 ) -> None:
     """Measure PPL, KLD and same-top-1 of cache formats, teacher-forced through the decode path."""
     _options.check_range("--seed", seed, 0)
@@ -74,8 +72,13 @@ def evaluate(
     with_recall = model == REFERENCE_NAME if recall is None else recall
     given = None if text is None else _read_text(layout, text, length)
     if dry_run:
-        plan = _describe(layout, model, formats, length if given is None else len(given), with_recall)
-        _show_plan(plan, json_path)
+        settings = {
+            "kv": list(formats),
+            "context": length if given is None else len(given),
+            "recall": with_recall,
+            "memory_limit": budget or None,
+        }
+        _plan.show(_plan.describe(layout, model, settings), json_path)
         return
     _run(layout, model, formats, length, given, with_recall, seed, budget, json_path)
 
@@ -185,31 +188,7 @@ def _questions(layout: ModelLayout, length: int, seed: int) -> list[Prompt]:
         words=reference_words(),
         filler=recall.default_filler(),
         first_token=int(front[0]) if layout.bos_id is not None and int(front[0]) == layout.bos_id else None,
-        questions=8 if length >= 512 else 2,
+        documents=1,
+        questions=16 if length >= 512 else 2,
         seed=seed,
     )
-
-
-def _describe(
-    layout: ModelLayout, model: str, formats: tuple[str, ...], length: int, with_recall: bool
-) -> dict[str, Any]:
-    values = sum(2 * layer.kv_heads * layer.head_dim for layer in layout.layers)
-    return {
-        "schema": "inferos.plan/1",
-        "model": model,
-        "layers": len(layout.layers),
-        "model_context": layout.context_length,
-        "kv": list(formats),
-        "context": length,
-        "recall": with_recall,
-        "device": "cpu",
-        "kv_bytes_fp16": 2 * values * length,
-    }
-
-
-def _show_plan(plan: dict[str, Any], json_path: Path | None) -> None:
-    out = _output.console(json_path)
-    for key, value in plan.items():
-        if key != "schema":
-            out.print(f"{key.replace('_', ' '):<16} {', '.join(value) if isinstance(value, list) else value}")
-    _output.write_json(json_path, plan)

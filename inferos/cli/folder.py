@@ -19,7 +19,7 @@ def rewrite(
         Path | None, typer.Option("--out", metavar="FOLDER", help="Where to.  [default: beside it, with -inferos]")
     ] = None,
     json_path: JsonOption = None,
-    debug: DebugOption = False,
+    _debug: DebugOption = False,
 ) -> None:
     """Write a folder whose attention is inferos' op; the model's own is left as it is."""
     _output.check_json_path(json_path)
@@ -32,7 +32,9 @@ def rewrite(
     console.print(f"{report.folder}: {what}; {len(report.layers)} attention nodes", soft_wrap=True)
     for layer in report.layers:
         window = "" if layer.local_window < 0 else f", sees {layer.local_window} tokens before its own"
-        console.print(f"  {layer.name}: {layer.heads}/{layer.kv_heads} heads of {layer.head_dim}{window}", soft_wrap=True)
+        console.print(
+            f"  {layer.name}: {layer.heads}/{layer.kv_heads} heads of {layer.head_dim}{window}", soft_wrap=True
+        )
     if report.changed:
         console.print(f"files that share the source's bytes: {len(report.linked)}, copied: {len(report.copied)}")
     _output.write_json(

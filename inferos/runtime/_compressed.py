@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Iterator
 from collections.abc import Sequence as Collection
@@ -39,16 +40,25 @@ class CompressedSession:
         arena: Arena,
         threads: int,
         prefill_chunk: int,
+        thresholds: tuple[float, float] = (1.0, 0.7),
+        l2_format: str = "k8v4",
     ) -> None:
         self.kv = kv
         self.layout = layout
         self.arena = arena
         self.prefill_chunk = prefill_chunk
-        self._recent_window = recent_window
-        self._sink_tokens = sink_tokens
-        self._specs = [LayerSpec(layer.kv_heads, layer.head_dim, layer.local_window) for layer in layout.layers]
-        # Wrong options show here, before the weights are read.
-        self.new_cache().close()
+        self.new_cache = functools.partial(
+            KVCache,
+            [LayerSpec(layer.kv_heads, layer.head_dim, layer.local_window) for layer in layout.layers],
+            kv=kv,
+            recent_window=recent_window,
+            sink_tokens=sink_tokens,
+            arena=arena,
+            max_tokens=layout.context_length,
+            thresholds=thresholds,
+            l2_format=l2_format,
+        )
+        self.new_cache().close()  # wrong options show here, before the weights are read
         model = rewrite_model(load_graph(layout.model_path), head_dim=layout.layers[0].head_dim)
         options = session_options(threads)
         register(options)
@@ -68,18 +78,6 @@ class CompressedSession:
     def sequence(self) -> CompressedSequence:
         """A new, empty sequence."""
         return CompressedSequence(self, self.new_cache())
-
-    def new_cache(self) -> KVCache:
-        """An empty cache of the model's shape."""
-        context = self.layout.context_length
-        return KVCache(
-            self._specs,
-            kv=self.kv,
-            recent_window=self._recent_window,
-            sink_tokens=self._sink_tokens,
-            arena=self.arena,
-            max_tokens=context,
-        )
 
     def step(self, sequences: Collection[TokenSequence], ids: Ids) -> Float32:
         """One token for each sequence, in one run; see `DecoderSession.step`.
@@ -103,7 +101,8 @@ class CompressedSession:
             turns = [held.enter_context(row.turn()) for row in rows]
             logits = self.run(turns, tokens.astype(np.int64)[:, None])
             _commit(turns)
-            return logits[:, -1].astype(np.float32)
+            last: Float32 = logits[:, -1].astype(np.float32)
+            return last
 
     def run(self, turns: list[Turn], ids: Ids) -> npt.NDArray[Any]:
         """Logits (rows, tokens, vocab_size) of one run over ids (rows, tokens). Commits nothing.

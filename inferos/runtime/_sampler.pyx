@@ -122,7 +122,7 @@ cdef class SamplerCore:
     cdef int64_t _next(self, const float[::1] raw, double* logprob) except? -2 nogil:
         cdef size_t i, n = <size_t>raw.shape[0]
         cdef const float* given = &raw[0]
-        cdef double top = -HUGE_VAL, total = 0.0, best = -HUGE_VAL
+        cdef double top = -HUGE_VAL, total = 0.0, best = -HUGE_VAL, temperature = self.temperature
         cdef double* z
         cdef double* weight
         cdef int64_t chosen = -1
@@ -147,9 +147,9 @@ cdef class SamplerCore:
         for i in range(n):
             if z[i] > best:
                 best, chosen = z[i], <int64_t>i
-        if self.temperature > 0:
+        if temperature > 0:
             for i in range(n):
-                weight[i] = _exp((z[i] - best) / self.temperature)
+                weight[i] = _exp((z[i] - best) / temperature)
             chosen = self._draw(n)
         logprob[0] = (<double>given[chosen] - top) - log(total)
         return chosen

@@ -36,29 +36,19 @@ from jinja2.utils import Namespace
 
 __all__ = ["Budget", "Sandbox"]
 
-MAX_SOURCE = 128 << 10
-MAX_NODES = 15_000
+MAX_SOURCE = 64 << 10
+MAX_NODES = 10_000
 MAX_ASSIGNMENTS = 1000
+# A statement with a scope of its own costs the compiler as much as this many other parts.
+_SCOPE_PARTS = 16
 MAX_DEPTH = 64
 MAX_RANGE = 10_000
 MAX_INT_BITS = 4096
 MAX_NEEDLE = 1024
 MAX_SECONDS = 5.0
 
-_STATEMENTS = (
-    nodes.Output,
-    nodes.For,
-    nodes.If,
-    nodes.Macro,
-    nodes.CallBlock,
-    nodes.FilterBlock,
-    nodes.With,
-    nodes.Assign,
-    nodes.AssignBlock,
-    nodes.Break,
-    nodes.Continue,
-    nodes.Scope,
-)
+_SCOPES = (nodes.For, nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.With, nodes.AssignBlock, nodes.Scope)
+_STATEMENTS = (*_SCOPES, nodes.Output, nodes.If, nodes.Assign, nodes.Break, nodes.Continue)
 _FILTERS = [
     "abs",
     "capitalize",
@@ -329,7 +319,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         stack: list[nodes.Node] = [tree]
         while stack:
             node = stack.pop()
-            seen += 1
+            seen += _SCOPE_PARTS if isinstance(node, _SCOPES) else 1
             assigned += isinstance(node, (nodes.Assign, nodes.AssignBlock))
             if isinstance(node, nodes.Stmt) and not isinstance(node, _STATEMENTS):
                 raise SecurityError(f"it uses {type(node).__name__.lower()}, which a chat template may not")

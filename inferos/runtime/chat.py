@@ -24,7 +24,7 @@ from inferos.errors import ConfigError, TemplateError
 from inferos.runtime._sandbox import MAX_DEPTH, MAX_SOURCE, Budget, Sandbox
 from inferos.runtime.tokenizer import read_json
 
-__all__ = ["PLAIN_TEMPLATE", "ChatTemplate", "Message", "check_messages", "find_template"]
+__all__ = ["ChatTemplate", "Message", "PLAIN_TEMPLATE", "check_messages", "find_template"]
 
 Message = Mapping[str, Any]
 

@@ -10,7 +10,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["HugePages", "cpu_name", "devices", "environment", "huge_pages", "isas", "platform_name", "providers", "versions"]
+__all__ = [
+    "HugePages",
+    "cpu_name",
+    "devices",
+    "environment",
+    "huge_pages",
+    "isas",
+    "platform_name",
+    "providers",
+    "versions",
+]
 
 _PACKAGES = ("numpy", "onnx", "onnxruntime", "tokenizers", "pydantic")
 # The distributions that install the module onnxruntime.

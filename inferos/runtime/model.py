@@ -24,7 +24,7 @@ from inferos.runtime.protocols import DecoderSession, Ids
 from inferos.runtime.sampler import Sampler, SamplingOptions
 from inferos.runtime.tokenizer import TextTokenizer, read_json
 
-__all__ = ["DEFAULT_MAX_TOKENS", "Conversation", "Model", "Prompt", "load", "resolve_model"]
+__all__ = ["Conversation", "DEFAULT_MAX_TOKENS", "Model", "Prompt", "load", "resolve_model"]
 
 DEFAULT_MAX_TOKENS = 256
 

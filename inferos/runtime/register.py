@@ -10,7 +10,7 @@ from inferos.kv import library_path
 __all__ = ["register"]
 
 
-class SessionOptions(Protocol):
+class _SessionOptions(Protocol):
     """The part of ``onnxruntime.SessionOptions`` that is used."""
 
     @property
@@ -19,7 +19,7 @@ class SessionOptions(Protocol):
     def register_custom_ops_library(self, path: str, /) -> None: ...
 
 
-def register(session_options: SessionOptions) -> None:
+def register(session_options: _SessionOptions) -> None:
     """Add inferos' ops to an ``onnxruntime.SessionOptions``, before a rewritten model is opened with it.
 
     Parameters

@@ -20,6 +20,8 @@ def open_session(
     budget_bytes: int = 0,
     threads: int = 0,
     prefill_chunk: int = 512,
+    thresholds: tuple[float, float] = (1.0, 0.7),
+    l2_format: str = "k8v4",
 ) -> DecoderSession:
     """Open a decoder model on the CPU.
 
@@ -40,6 +42,10 @@ def open_session(
         Threads inside a node; 0 = as many as ONNX Runtime finds right.
     prefill_chunk : int
         Tokens of one run at most; longer inputs are fed in pieces.
+    thresholds : (float, float)
+        For auto: L1 and L2, as in `inferos.kv.KVCache`.
+    l2_format : str
+        For auto: the narrowest format, k8v4 or int4.
 
     Returns
     -------
@@ -81,4 +87,6 @@ def open_session(
         arena=Arena(budget_bytes),
         threads=threads,
         prefill_chunk=prefill_chunk,
+        thresholds=thresholds,
+        l2_format=l2_format,
     )

@@ -19,7 +19,7 @@ import tokenizers
 from inferos.errors import ConfigError, ModelError
 from inferos.runtime.protocols import Ids
 
-__all__ = ["TextStream", "TextTokenizer"]
+__all__ = ["TextStream", "TextTokenizer", "read_json"]
 
 MAX_CONFIG_BYTES = 64 << 20
 SPACE_MARK = "\u2581"

@@ -95,18 +95,13 @@ void dequantize_with(const Quantize& table, Part part, const Coded& in, std::siz
 
 // The code of (token, channel), read by the byte table of block.hpp.
 int code_at(Part part, const Coded& coded, std::size_t t, std::size_t c, std::size_t d) {
-  const std::uint8_t* codes = coded.codes.data();
-  const std::size_t k8 = (t / 32 * (d / 4) + c / 4) * 128 + t % 32 * 4 + c % 4;
-  const std::size_t k4 = (t / 32 * (d / 8) + c / 8) * 128 + t % 32 * 4 + c % 4;
-  const std::size_t v8 = (c / 16 * 16 + t / 4) * 64 + c % 16 * 4 + t % 4;
-  const std::size_t v4 = (c / 16 * 8 + t / 8) * 64 + c % 16 * 4 + t % 4;
-  switch (part) {
-    case Part::kK8: return codes[k8];
-    case Part::kK4: return c % 8 < 4 ? codes[k4] & 15 : codes[k4] >> 4;
-    case Part::kV8: return static_cast<std::int8_t>(codes[v8]);
-    case Part::kV4: return t % 8 < 4 ? codes[v4] & 15 : codes[v4] >> 4;
-  }
-  return 0;
+  const std::size_t per_word = is_byte(part) ? 4 : 8;  // channels of a K word, tokens of a V word
+  const std::size_t word = is_key(part) ? (t / 32 * (d / per_word) + c / per_word) * 32 + t % 32
+                                        : (c / 16 * (kBlockTokens / per_word) + t / per_word) * 16 + c % 16;
+  const std::size_t item = is_key(part) ? c : t;
+  const std::uint8_t byte = coded.codes[word * 4 + item % 4];
+  if (part == Part::kV8) return static_cast<std::int8_t>(byte);
+  return is_byte(part) ? byte : item % 8 < 4 ? byte & 15 : byte >> 4;
 }
 
 double half_at(const Coded& coded, std::size_t i) { return static_cast<double>(f16_to_f32(coded.scales[i])); }
@@ -380,26 +375,32 @@ void check_rotation(std::size_t rows, std::uint64_t seed) {
 
 // ---- conversions --------------------------------------------------------------------------------------------------
 
-// What f32_to_f16 must return, from the definition: walks the half way points upwards, so it is asked in ascending order.
+// What f32_to_f16 must return, from the definition: the halves in ascending order, each with the last float that rounds to it.
 class NearestHalf {
  public:
+  NearestHalf() { enter(0); }
+  // `magnitude` not below the one asked before.
   std::uint16_t operator()(std::uint32_t magnitude) {
     if (magnitude > 0x7F80'0000U) return static_cast<std::uint16_t>(0x7E00U | (magnitude >> 13 & 0x3FFU));
-    const double x = static_cast<double>(std::bit_cast<float>(magnitude));
-    while (half_ < 0x7C00U && (x > tie_ || (x == tie_ && half_ % 2 == 1))) {
-      ++half_;
-      tie_ = tie_above(half_);
-    }
-    return half_;
+    while (magnitude > last_) enter(half_ + 1);
+    return static_cast<std::uint16_t>(half_);
   }
+  std::uint32_t last() const { return last_; }
 
  private:
   static double value(std::uint32_t half) {  // 0x7C00 counts as 65536: where rounding to infinity begins is half way to there
-    return half == 0x7C00U ? 65536.0 : std::ldexp(half < 0x400U ? half : (half & 0x3FFU) + 0x400U, (half < 0x400U ? 0 : static_cast<int>(half >> 10) - 1) - 24);
+    const std::uint32_t exponent = half >> 10;
+    return exponent == 0 ? std::ldexp(half, -24) : std::ldexp((half & 0x3FFU) + 0x400U, static_cast<int>(exponent) - 25);
   }
-  static double tie_above(std::uint32_t half) { return half >= 0x7C00U ? HUGE_VAL : (value(half) + value(half + 1)) / 2; }
-  std::uint16_t half_ = 0;
-  double tie_ = tie_above(0);
+  void enter(std::uint32_t half) {
+    half_ = half;
+    last_ = 0x7F80'0000U;
+    if (half >= 0x7C00U) return;
+    const auto tie = static_cast<float>((value(half) + value(half + 1)) / 2);  // 12 significant bits: exact
+    last_ = std::bit_cast<std::uint32_t>(tie) - half % 2;                       // a tie goes to the even neighbour
+  }
+  std::uint32_t half_ = 0;
+  std::uint32_t last_ = 0;
 };
 
 std::uint16_t saturated(std::uint16_t half) { return (half & 0x7FFFU) == 0x7C00U ? static_cast<std::uint16_t>(half - 1) : half; }
@@ -430,13 +431,19 @@ struct HalfSweep {
       NearestHalf nearest;
       for (std::uint64_t pattern = 0; pattern < 0x8000'0000U; pattern += kChunk * stride) {
         for (std::size_t j = 0; j < kChunk; ++j) {
-          const auto magnitude = static_cast<std::uint32_t>(std::min<std::uint64_t>(pattern + j * stride, 0x7FFF'FFFFU));
-          x[j] = std::bit_cast<float>(magnitude | sign);
-          const auto half = static_cast<std::uint16_t>(nearest(magnitude) | sign >> 16);
-          wanted[0][j] = half;
-          wanted[1][j] = saturated(half);
+          x[j] = std::bit_cast<float>(static_cast<std::uint32_t>(std::min<std::uint64_t>(pattern + j * stride, 0x7FFF'FFFFU)) | sign);
         }
-        // An infinity that was a NaN cannot be: NaN keeps its quiet bit, so saturated() leaves it alone.
+        for (std::size_t j = 0; j < kChunk;) {
+          const std::uint32_t magnitude = std::bit_cast<std::uint32_t>(x[j]) & 0x7FFF'FFFFU;
+          const auto half = static_cast<std::uint16_t>(nearest(magnitude) | sign >> 16);
+          // Stride 1 fills whole runs; NaN has payloads, so no runs.
+          const std::size_t run = stride == 1 && magnitude <= 0x7F80'0000U ? nearest.last() - magnitude + 1 : 1;
+          const std::size_t end = std::min(kChunk, j + run);
+          std::fill(wanted[0].begin() + static_cast<std::ptrdiff_t>(j), wanted[0].begin() + static_cast<std::ptrdiff_t>(end), half);
+          j = end;
+        }
+        // NaN keeps its quiet bit, so saturated() cannot mistake one for an infinity.
+        std::transform(wanted[0].begin(), wanted[0].end(), wanted[1].begin(), saturated);
         compare();
         count += kChunk;
       }

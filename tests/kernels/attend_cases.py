@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from inferos.kv import kernels
+from inferos import _core
 
 TOKENS = 64
 FORMATS = ("f16", "int8", "k8v4", "int4")
 HEAD_DIMS = (16, 32, 48, 64, 80, 96, 112, 128, 192, 256)
-ATTEND = {kernel.isa: kernel for kernel in kernels.attend_runnable()}
+ATTEND = {kernel.isa: kernel for kernel in _core.kernels.attend_runnable()}
 SCALAR = ATTEND["scalar"]
 EVERYTHING = (0, 2**31 - 1)
 

@@ -216,10 +216,12 @@ HOSTILE = [
     "{{ " + "+".join(["1"] * 30_000) + " }}",
     "{{ " + "[" * 3000 + "]" * 3000 + " }}",
     "{{ a" + ".b" * 30_000 + " }}",
-    "{{ a }}" * 15_000,
-    "{% if 0 %}" + "{% elif 0 %}" * 8000 + "{% endif %}",
+    "{{a}}" * 13_000,
+    "{% if 0 %}" + "{% elif 0 %}" * 4500 + "{% endif %}",
     "{% if 0 %}" * 3000 + "{% endif %}" * 3000,
-    "{% set a = 1 %}" * 5000,
+    "{% set a = 1 %}" * 4000,
+    "{% macro m() %}{% endmacro %}" * 2000,
+    "{% call m() %}{% endcall %}" * 2000,
     LOOP * 30 + "{% endfor %}" * 30,
     "x" * (MAX_SOURCE + 1),
     "{{ 5 // 0 }}",
@@ -234,11 +236,11 @@ HOSTILE = [
 
 @pytest.mark.parametrize("source", HOSTILE, ids=lambda source: source[:60].replace("\t", " "))
 def test_a_hostile_template_ends_soon_with_a_typed_error(source: str) -> None:
-    began = time.perf_counter()
+    began = time.thread_time()
     with pytest.raises(TemplateError, match=r"^chat template: "):
         render(source)
-    # The backstop is 5 s; budgets end each of these well before it.
-    assert time.perf_counter() - began < 4.5
+    # The backstop is 5 s; budgets end each of these well before it. This thread's own time: the machine may be busy.
+    assert time.thread_time() - began < 2.5
 
 
 def test_the_time_limit_holds_even_where_no_other_does() -> None:

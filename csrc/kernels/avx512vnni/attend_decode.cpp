@@ -29,12 +29,12 @@ struct Scratch {
   alignas(64) std::int8_t high[kChunk][kMaxHeadDim];  // of W = 128 * high + low; K4 has high only, and it is W
   alignas(64) std::int8_t low[kChunk][kMaxHeadDim];
   alignas(64) std::uint8_t weights[kChunk][kT];       // P
-  float factor[kChunk];                               // of the integer sum, and what is added to it: logits
-  float bias[kChunk];
-  float alpha[kChunk];
-  float unit[kChunk];                                 // b / 255
-  float offset[kChunk];                               // c
-  std::int32_t start[kChunk];                         // -8 * sum of P
+  alignas(16) float factor[kChunk];                   // of the integer sum, and what is added to it: logits
+  alignas(16) float bias[kChunk];
+  alignas(16) float alpha[kChunk];
+  alignas(16) float unit[kChunk];                     // b / 255
+  alignas(16) float offset[kChunk];                   // c
+  alignas(16) std::int32_t start[kChunk];             // -8 * sum of P
 };
 
 struct Work {  // one block, one chunk of heads
@@ -64,11 +64,14 @@ void fold_queries(const Work& work, const std::byte* scales, Scratch& x) noexcep
     }
   }
   constexpr float kLevels = kWide ? kWideLevels : kNarrowLevels;
+  const __m128 a = across<Largest>(largest);
+  const __m128 scale = _mm_set1_ps(work.task.scale);
+  alignas(16) float steps[kChunk];
+  _mm_store_ps(steps, step_up(a, kLevels));
+  _mm_store_ps(x.factor, _mm_mul_ps(_mm_div_ps(a, _mm_set1_ps(kLevels)), scale));
+  _mm_store_ps(x.bias, _mm_mul_ps(across<Sum>(bias), scale));
   for (std::size_t g = 0; g < G; ++g) {
-    const float a = largest16(largest[g]);
-    x.factor[g] = (a / kLevels) * work.task.scale;
-    x.bias[g] = reduce16(bias[g]) * work.task.scale;
-    const __m512 up = _mm512_set1_ps(a < kSmallestMaximum ? 0.0F : kLevels / a);
+    const __m512 up = _mm512_set1_ps(steps[g]);
     for (std::size_t c = 0; c < d; c += 16) {
       const __m512i w = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(x.w[g] + c), up));
       if constexpr (kWide) {
@@ -104,10 +107,10 @@ void k8_logits(const Work& work, Scratch& x) noexcept {
       for (std::size_t g = 0; g < G; ++g) {
         const __m512i w_high = broadcast4(x.high[g] + c);
         const __m512i w_low = broadcast4(x.low[g] + c);
-        high[g][0] = _mm512_dpbusd_epi32(high[g][0], k0, w_high);
-        high[g][1] = _mm512_dpbusd_epi32(high[g][1], k1, w_high);
-        low[g][0] = _mm512_dpbusd_epi32(low[g][0], k0, w_low);
-        low[g][1] = _mm512_dpbusd_epi32(low[g][1], k1, w_low);
+        high[g][0] = dot4(high[g][0], k0, w_high);
+        high[g][1] = dot4(high[g][1], k1, w_high);
+        low[g][0] = dot4(low[g][0], k0, w_low);
+        low[g][1] = dot4(low[g][1], k1, w_low);
       }
     }
     for (std::size_t g = 0; g < G; ++g) {
@@ -142,8 +145,8 @@ void k4_logits(const Work& work, Scratch& x) noexcept {
     for (std::size_t g = 0; g < G; ++g) {
       const __m512i w_first = broadcast4(x.high[g] + c);
       const __m512i w_second = broadcast4(x.high[g] + c + 4);
-      for (std::size_t j = 0; j < 4; ++j) sum[g][j] = _mm512_dpbusd_epi32(sum[g][j], first[j], w_first);
-      for (std::size_t j = 0; j < 4; ++j) sum[g][j] = _mm512_dpbusd_epi32(sum[g][j], second[j], w_second);
+      for (std::size_t j = 0; j < 4; ++j) sum[g][j] = dot4(sum[g][j], first[j], w_first);
+      for (std::size_t j = 0; j < 4; ++j) sum[g][j] = dot4(sum[g][j], second[j], w_second);
     }
   }
   for (std::size_t g = 0; g < G; ++g) {
@@ -190,31 +193,45 @@ void f16_logits(const Work& work, Scratch& x) noexcept {
 }
 
 // Probabilities times V's scales as u8 weights; for nibbles also what their centre adds.
-template <bool kNibbles>
-void weigh(const std::byte* scales, std::size_t g, Scratch& x) noexcept {
-  __m512 r[4];
-  __m512 bias = _mm512_setzero_ps();
+template <std::size_t G, bool kNibbles>
+void weigh(const std::byte* scales, Scratch& x) noexcept {
+  __m512 r[G][4];
+  __m512 largest[G];
+  __m512 bias[G];
+  for (std::size_t g = 0; g < G; ++g) largest[g] = bias[g] = _mm512_setzero_ps();
   for (std::size_t i = 0; i < 4; ++i) {
-    const __m512 p = _mm512_load_ps(x.s[g] + 16 * i);
     const __m512 scale = load_half(scales + 32 * i);
-    r[i] = _mm512_mul_ps(p, scale);
+    __m512 centre = _mm512_setzero_ps();
     if constexpr (kNibbles) {
-      const __m512 centre = _mm512_set1_ps(static_cast<float>(kNibbleCentre));
-      bias = _mm512_fmadd_ps(p, _mm512_fmadd_ps(scale, centre, load_half(scales + 2 * kT + 32 * i)), bias);
+      const __m512 eight = _mm512_set1_ps(static_cast<float>(kNibbleCentre));
+      centre = _mm512_fmadd_ps(scale, eight, load_half(scales + 2 * kT + 32 * i));
+    }
+    for (std::size_t g = 0; g < G; ++g) {
+      const __m512 p = _mm512_load_ps(x.s[g] + 16 * i);
+      r[g][i] = _mm512_mul_ps(p, scale);
+      largest[g] = _mm512_max_ps(largest[g], r[g][i]);
+      if constexpr (kNibbles) bias[g] = _mm512_fmadd_ps(p, centre, bias[g]);
     }
   }
-  const float b = largest16(_mm512_max_ps(_mm512_max_ps(r[0], r[1]), _mm512_max_ps(r[2], r[3])));
-  const __m512 up = _mm512_set1_ps(b < kSmallestMaximum ? 0.0F : kWeightLevels / b);
-  __m512i total = _mm512_setzero_si512();
-  for (std::size_t i = 0; i < 4; ++i) {
-    const __m512i weights = _mm512_cvtps_epi32(_mm512_mul_ps(r[i], up));
-    total = _mm512_add_epi32(total, weights);
-    _mm_store_si128(reinterpret_cast<__m128i*>(x.weights[g] + 16 * i), _mm512_cvtepi32_epi8(weights));
+  const __m128 b = across<Largest>(largest);
+  alignas(16) float steps[kChunk];
+  _mm_store_ps(steps, step_up(b, kWeightLevels));
+  _mm_store_ps(x.unit, _mm_div_ps(b, _mm_set1_ps(kWeightLevels)));
+  __m512 total[G];
+  for (std::size_t g = 0; g < G; ++g) {
+    const __m512 up = _mm512_set1_ps(steps[g]);
+    __m512i sum = _mm512_setzero_si512();
+    for (std::size_t i = 0; i < 4; ++i) {
+      const __m512i weights = _mm512_cvtps_epi32(_mm512_mul_ps(r[g][i], up));
+      _mm_store_si128(reinterpret_cast<__m128i*>(x.weights[g] + 16 * i), _mm512_cvtepi32_epi8(weights));
+      sum = _mm512_add_epi32(sum, weights);
+    }
+    total[g] = _mm512_cvtepi32_ps(sum);  // exact: at most 64 * 255 in the end
   }
-  x.unit[g] = b / kWeightLevels;
   if constexpr (kNibbles) {
-    x.offset[g] = reduce16(bias);
-    x.start[g] = -kNibbleCentre * _mm512_reduce_add_epi32(total);
+    _mm_store_ps(x.offset, across<Sum>(bias));
+    const __m128i sums = _mm_cvtps_epi32(across<Sum>(total));
+    _mm_store_si128(reinterpret_cast<__m128i*>(x.start), _mm_mullo_epi32(sums, _mm_set1_epi32(-kNibbleCentre)));
   }
 }
 
@@ -233,7 +250,7 @@ void v8_channels(const Work& work, std::size_t channel, const std::byte* codes, 
     }
     for (std::size_t g = 0; g < G; ++g) {
       const __m512i p = broadcast4(x.weights[g] + t);
-      for (std::size_t j = 0; j < kVectors; ++j) sum[g][j] = _mm512_dpbusd_epi32(sum[g][j], p, v[j]);
+      for (std::size_t j = 0; j < kVectors; ++j) sum[g][j] = dot4(sum[g][j], p, v[j]);
     }
   }
   for (std::size_t g = 0; g < G; ++g) {
@@ -265,8 +282,8 @@ void v4_channels(const Work& work, std::size_t channel, const std::byte* codes, 
     for (std::size_t g = 0; g < G; ++g) {
       const __m512i p_first = broadcast4(x.weights[g] + t);
       const __m512i p_second = broadcast4(x.weights[g] + t + 4);
-      for (std::size_t j = 0; j < kVectors; ++j) sum[g][j] = _mm512_dpbusd_epi32(sum[g][j], p_first, first[j]);
-      for (std::size_t j = 0; j < kVectors; ++j) sum[g][j] = _mm512_dpbusd_epi32(sum[g][j], p_second, second[j]);
+      for (std::size_t j = 0; j < kVectors; ++j) sum[g][j] = dot4(sum[g][j], p_first, first[j]);
+      for (std::size_t j = 0; j < kVectors; ++j) sum[g][j] = dot4(sum[g][j], p_second, second[j]);
     }
   }
   for (std::size_t g = 0; g < G; ++g) {
@@ -343,13 +360,11 @@ void run_chunk(const Work& work, float* logits, Scratch& x) noexcept {
     fold_queries<G, true>(work, record + layout.k_scales, x);
     k8_logits<G>(work, x);
   }
-  for (std::size_t g = 0; g < G; ++g) {
-    const std::size_t head = work.head + g;
-    x.alpha[g] = softmax_step(x.s[g], work.range, task.softcap, logits == nullptr ? nullptr : logits + head * kT,
-                              task.m[head], task.l[head]);
-    if (task.format == Format::kInt8) weigh<false>(record + layout.v_scales, g, x);
-    else if (task.format != Format::kF16) weigh<true>(record + layout.v_scales, g, x);
-  }
+  const TokenRange ranges[4] = {work.range, work.range, work.range, work.range};
+  softmax_step<G>(x.s, ranges, task.softcap, logits == nullptr ? nullptr : logits + work.head * kT, task.m + work.head,
+                  task.l + work.head, x.alpha);
+  if (task.format == Format::kInt8) weigh<G, false>(record + layout.v_scales, x);
+  else if (task.format != Format::kF16) weigh<G, true>(record + layout.v_scales, x);
   const std::size_t f16_values = std::size_t{work.block.capacity} * task.d * 2;
   values<G>(work, record + (task.format == Format::kF16 ? f16_values : layout.v_codes), x);
 }

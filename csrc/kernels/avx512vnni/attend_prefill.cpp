@@ -171,9 +171,11 @@ void run_rows(const PrefillTile& tile, std::size_t first) noexcept {
   }
   if (!any) return;
   logits<R>(x);
-  for (std::size_t r = 0; r < R; ++r) {
-    if (x.range[r].lo >= x.range[r].hi) continue;
-    x.alpha[r] = softmax_step(x.s[r], x.range[r], tile.softcap, nullptr, tile.m[first + r], tile.l[first + r]);
+  constexpr std::size_t kFirst = R < 4 ? R : (R + 1) / 2;  // softmax takes four rows at most
+  softmax_step<kFirst>(x.s, x.range, tile.softcap, nullptr, tile.m + first, tile.l + first, x.alpha);
+  if constexpr (R > kFirst) {
+    softmax_step<R - kFirst>(x.s + kFirst, x.range + kFirst, tile.softcap, nullptr, tile.m + first + kFirst,
+                             tile.l + first + kFirst, x.alpha + kFirst);
   }
   std::size_t channel = 0;
   for (; channel + 64 <= tile.d; channel += 64) values<R, 4>(x, channel);

@@ -18,22 +18,49 @@ static inline __m512 load_half(const std::byte* p) noexcept {
 // Four bytes in every lane: the operand of dpbusd that belongs to a query head.
 static inline __m512i broadcast4(const void* p) noexcept { return _mm512_broadcastd_epi32(_mm_loadu_si32(p)); }
 
+// sum + 4 products of u8 and s8 in each of 16 lanes.
+static inline __m512i dot4(__m512i sum, __m512i u8, __m512i s8) noexcept {
+#if defined(__GNUC__)
+  // g++ 12 copies every accumulator twice a turn around its own intrinsic, and spills some: half the speed.
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u8), "v"(s8));
+  return sum;
+#else
+  return _mm512_dpbusd_epi32(sum, u8, s8);
+#endif
+}
+
 static inline void prefetch(const void* p, std::uintptr_t ahead) noexcept {
   _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<std::uintptr_t>(p) + ahead), _MM_HINT_T1);
 }
 
-static inline float reduce16(__m512 v) noexcept {
-  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
-  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+struct Sum {
+  static inline __m256 of(__m256 a, __m256 b) noexcept { return _mm256_add_ps(a, b); }
+};
+
+struct Largest {
+  static inline __m256 of(__m256 a, __m256 b) noexcept { return _mm256_max_ps(a, b); }
+};
+
+// Reduces the 16 lanes of each of N <= 4 vectors, in the order of reduce16: result i in lane i. One at a time, the latency of
+// each head's reduction would stand in its way alone; together they cost little more than one.
+template <class Op, std::size_t N>
+static inline __m128 across(const __m512 (&v)[N]) noexcept {
+  __m256 eight[4];
+  for (std::size_t i = 0; i < 4; ++i) {
+    const __m512 x = v[i < N ? i : 0];
+    eight[i] = Op::of(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+  }
+  const __m256 ab = Op::of(_mm256_permute2f128_ps(eight[0], eight[1], 0x20), _mm256_permute2f128_ps(eight[0], eight[1], 0x31));
+  const __m256 cd = Op::of(_mm256_permute2f128_ps(eight[2], eight[3], 0x20), _mm256_permute2f128_ps(eight[2], eight[3], 0x31));
+  const __m256 two = Op::of(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xEE));
+  const __m256 one = Op::of(two, _mm256_movehdup_ps(two));  // a . c . | b . d .
+  return _mm_blend_ps(_mm256_castps256_ps128(one), _mm_moveldup_ps(_mm256_extractf128_ps(one, 1)), 0xA);
 }
 
-static inline float largest16(__m512 v) noexcept {
-  const __m256 eight = _mm256_max_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
-  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+// levels / largest, 0 where the largest counts as zero.
+static inline __m128 step_up(__m128 largest, float levels) noexcept {
+  const __m128 small = _mm_cmplt_ps(largest, _mm_set1_ps(kSmallestMaximum));
+  return _mm_andnot_ps(small, _mm_div_ps(_mm_set1_ps(levels), largest));
 }
 
 static inline __m512 exp_nonpositive(__m512 x) noexcept {
@@ -49,8 +76,6 @@ static inline __m512 exp_nonpositive(__m512 x) noexcept {
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0F));
   return _mm512_maskz_scalef_ps(kept, p, n);
 }
-
-static inline float exp_nonpositive(float x) noexcept { return _mm512_cvtss_f32(exp_nonpositive(_mm512_set1_ps(x))); }
 
 static inline __m512 soften(__m512 s, float softcap) noexcept {
   if (!(softcap > 0.0F)) return s;
@@ -69,29 +94,42 @@ static inline __mmask16 lanes_of(TokenRange range, std::size_t vector) noexcept 
   return static_cast<__mmask16>((below_hi & from_lo) >> (16 * vector));
 }
 
-// One block's step of the online softmax: 64 logits in place -> 64 probabilities; m and l updated. Returns alpha.
-// Where nothing was ever seen (the new maximum is -inf) alpha and p come out as 0, which leaves the zeros of l and o as they are.
-static inline float softmax_step(float* s, TokenRange range, float softcap, float* logits, float& m, float& l) noexcept {
+// One block's step of the online softmax for N <= 4 heads or rows: 64 logits each in place -> 64 probabilities; m[N] and l[N]
+// updated, alpha[N] written. A row that sees nothing keeps m and l; where it never saw anything (the new maximum is -inf)
+// alpha and p come out as 0, which leaves the zeros of l and o as they are.
+template <std::size_t N>
+static inline void softmax_step(float (*s)[kBlockTokens], const TokenRange* range, float softcap, float* logits, float* m,
+                                float* l, float* alpha) noexcept {
+  constexpr __mmask8 kUsed = (1U << N) - 1;
   const __m512 nothing = _mm512_set1_ps(kMinusInfinity);
-  __m512 x[4];
-  for (std::size_t i = 0; i < 4; ++i) {
-    x[i] = _mm512_mask_mov_ps(nothing, lanes_of(range, i), soften(_mm512_loadu_ps(s + 16 * i), softcap));
-    if (logits != nullptr) _mm512_storeu_ps(logits + 16 * i, x[i]);
+  __m512 largest[N];
+  for (std::size_t g = 0; g < N; ++g) {
+    __m512 x[4];
+    for (std::size_t i = 0; i < 4; ++i) {
+      x[i] = _mm512_mask_mov_ps(nothing, lanes_of(range[g], i), soften(_mm512_loadu_ps(s[g] + 16 * i), softcap));
+      _mm512_storeu_ps(s[g] + 16 * i, x[i]);
+      if (logits != nullptr) _mm512_storeu_ps(logits + g * kBlockTokens + 16 * i, x[i]);
+    }
+    largest[g] = _mm512_max_ps(_mm512_max_ps(x[0], x[1]), _mm512_max_ps(x[2], x[3]));
   }
-  const float block = largest16(_mm512_max_ps(_mm512_max_ps(x[0], x[1]), _mm512_max_ps(x[2], x[3])));
-  const float top = (block > m ? block : m) + 0.0F;
-  const float base = top == kMinusInfinity ? 0.0F : top;
-  const __m512 subtract = _mm512_set1_ps(base);
-  __m512 sum = _mm512_setzero_ps();
-  for (std::size_t i = 0; i < 4; ++i) {
-    x[i] = exp_nonpositive(_mm512_sub_ps(x[i], subtract));
-    _mm512_storeu_ps(s + 16 * i, x[i]);
-    sum = _mm512_add_ps(sum, x[i]);
+  const __m128 old = _mm_maskz_loadu_ps(kUsed, m);
+  const __m128 top = _mm_add_ps(_mm_max_ps(across<Largest>(largest), old), _mm_setzero_ps());
+  const __m128 base = _mm_andnot_ps(_mm_cmpeq_ps(top, _mm_set1_ps(kMinusInfinity)), top);
+  alignas(16) float subtract[4];
+  _mm_store_ps(subtract, base);
+  __m512 sum[N];
+  for (std::size_t g = 0; g < N; ++g) {
+    sum[g] = _mm512_setzero_ps();
+    for (std::size_t i = 0; i < 4; ++i) {
+      const __m512 p = exp_nonpositive(_mm512_sub_ps(_mm512_loadu_ps(s[g] + 16 * i), _mm512_set1_ps(subtract[g])));
+      _mm512_storeu_ps(s[g] + 16 * i, p);
+      sum[g] = _mm512_add_ps(sum[g], p);
+    }
   }
-  const float alpha = exp_nonpositive(m - base);
-  l = _mm_cvtss_f32(_mm_fmadd_ss(_mm_set_ss(l), _mm_set_ss(alpha), _mm_set_ss(reduce16(sum))));
-  m = top;
-  return alpha;
+  const __m128 shrink = _mm512_castps512_ps128(exp_nonpositive(_mm512_zextps128_ps512(_mm_sub_ps(old, base))));
+  _mm_mask_storeu_ps(alpha, kUsed, shrink);
+  _mm_mask_storeu_ps(l, kUsed, _mm_fmadd_ps(_mm_maskz_loadu_ps(kUsed, l), shrink, across<Sum>(sum)));
+  _mm_mask_storeu_ps(m, kUsed, top);
 }
 
 }  // namespace inferos::kernels::avx512vnni

@@ -1,0 +1,142 @@
+"""What `run` and `chat` share: sampling options, loading, streaming text, the figures of an answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
+
+import typer
+
+from inferos.cli import _options, _output, _plan
+
+if TYPE_CHECKING:
+    from inferos.runtime.generate import Generation
+    from inferos.runtime.model import Model
+
+__all__ = [
+    "MaxTokensOption",
+    "MinPOption",
+    "PenaltyOption",
+    "Request",
+    "SeedOption",
+    "StopOption",
+    "TemperatureOption",
+    "TopKOption",
+    "TopPOption",
+    "figures",
+    "load_model",
+    "one_line",
+    "show_plan",
+    "stream",
+]
+
+MaxTokensOption = Annotated[
+    int, typer.Option("--max-tokens", metavar="N", help="Tokens of an answer at most.", show_default=True)
+]
+TemperatureOption = Annotated[
+    float | None,
+    typer.Option("--temperature", metavar="F", help="0 is greedy.  [default: the model's, else 0]"),
+]
+TopKOption = Annotated[int | None, typer.Option("--top-k", metavar="N", help="Most likely tokens kept; 0 = all.")]
+TopPOption = Annotated[float | None, typer.Option("--top-p", metavar="F", help="Share of probability kept.")]
+MinPOption = Annotated[
+    float | None, typer.Option("--min-p", metavar="F", help="Kept: at least F times as likely as the likeliest.")
+]
+PenaltyOption = Annotated[
+    float | None, typer.Option("--repetition-penalty", metavar="F", help="Above 1: what occurred becomes less likely.")
+]
+SeedOption = Annotated[int | None, typer.Option("--seed", metavar="N", help="The same seed gives the same answer.")]
+StopOption = Annotated[
+    list[str] | None, typer.Option("--stop", metavar="TEXT", help="Ends the answer; may be given several times.")
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A model and how its cache is kept, as asked for on the command line and checked."""
+
+    model: str
+    kv: _options.EffectiveKv
+    budget_bytes: int
+
+    @classmethod
+    def checked(cls, model: str, kv: _options.EffectiveKv, memory_limit: str | None, device: str) -> Request:
+        """Raises ConfigError where an option does not fit."""
+        _options.check_device(device)
+        return cls(model, kv, _options.budget_bytes(memory_limit))
+
+    def notes(self) -> list[str]:
+        """What differs from the request, and why."""
+        notes = [f"kv: {self.kv.describe()}"] if self.kv.reason else []
+        if self.kv.kv == "off" and self.budget_bytes:
+            notes.append("memory limit: not in force, kv=off keeps its cache in ONNX Runtime's memory")
+        return notes
+
+
+def load_model(request: Request) -> Model:
+    """Open the model; say where the effective settings differ from the requested ones."""
+    from inferos.runtime.model import load
+
+    for note in request.notes():
+        typer.echo(f"inferos: {note}", err=True)
+    return load(request.model, kv=request.kv.kv, budget_bytes=request.budget_bytes or None)
+
+
+def show_plan(request: Request, max_tokens: int, json_path: Path | None) -> None:
+    """`--dry-run`."""
+    from inferos.runtime.layout import read_layout
+    from inferos.runtime.model import resolve_model
+
+    settings = {
+        "kv": request.kv.kv,
+        "kv_requested": request.kv.requested,
+        "kv_reason": request.kv.reason or None,
+        "memory_limit": request.budget_bytes or None,
+        "max_tokens": max_tokens,
+    }
+    _plan.show(_plan.describe(read_layout(resolve_model(request.model)), request.model, settings), json_path)
+
+
+def stream(generation: Generation, to: TextIO) -> None:
+    """Write the text as it comes; Ctrl-C ends the answer and keeps what was said."""
+    try:
+        for token in generation:
+            to.write(token.text)
+            to.flush()
+    except KeyboardInterrupt:
+        generation.close()
+    to.write("\n")
+    to.flush()
+
+
+def figures(generation: Generation) -> dict[str, Any]:
+    """The numbers of one answer; None for what is unknown."""
+    elements = generation.kv_elements
+    bits = 8 * generation.kv_bytes / elements if generation.kv_bytes is not None and elements else None
+    return {
+        "prompt_tokens": generation.prompt_tokens,
+        "prompt_tokens_cached": generation.cached_tokens,
+        "tokens": generation.tokens,
+        "finish_reason": generation.finish_reason,
+        "first_token_s": generation.first_token_seconds,
+        "tokens_per_s": generation.tokens_per_second,
+        "kv_bytes": generation.kv_bytes,
+        "kv_bits_per_element": bits,
+        "seed": generation.seed,
+    }
+
+
+def one_line(numbers: dict[str, Any], kv: str) -> str:
+    """The figures for a person."""
+
+    def known(name: str, form: str) -> str:
+        return "unknown" if numbers[name] is None else format(numbers[name], form)
+
+    held = "unknown" if numbers["kv_bytes"] is None else _output.human_bytes(numbers["kv_bytes"])
+    cached = f", {numbers['prompt_tokens_cached']} of them cached" if numbers["prompt_tokens_cached"] else ""
+    return (
+        f"[{numbers['prompt_tokens']} prompt tokens{cached}; {numbers['tokens']} tokens, "
+        f"{known('tokens_per_s', '.1f')} tokens/s, first after {known('first_token_s', '.2f')} s; "
+        f"KV {held}, {known('kv_bits_per_element', '.2f')} bits a value, kv={kv}; ended by {numbers['finish_reason']}]"
+    )
