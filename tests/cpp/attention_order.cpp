@@ -55,7 +55,8 @@ std::vector<float> normal(std::mt19937& random, std::size_t n) {
   return values;
 }
 
-std::unique_ptr<kv::SequenceCache> filled(const Shape& shape, kernels::Format format, std::int64_t tokens, unsigned seed) {
+std::unique_ptr<kv::SequenceCache> filled(const Shape& shape, kernels::Format format, std::int64_t tokens,
+                                          unsigned seed) {
   kv::CacheOptions options;
   options.layers = {{shape.kv_heads, shape.d, shape.window}};
   options.formats = {format};
@@ -76,7 +77,8 @@ struct Result {
   std::vector<float> out, mass;
 };
 
-Result attend(const kv::SequenceCache& cache, const Shape& shape, const std::vector<float>& q, std::size_t tokens, Executor& executor) {
+Result attend(const kv::SequenceCache& cache, const Shape& shape, const std::vector<float>& q, std::size_t tokens,
+              Executor& executor) {
   Result result{std::vector<float>(q.size()),
                 std::vector<float>(shape.kv_heads * static_cast<std::size_t>(cache.visible_length(0)))};
   const attention::Row row{&cache, q.data(), result.out.data(), tokens, result.mass.data()};
@@ -130,7 +132,8 @@ void check(const Shape& shape, kernels::Format format) {
 
 int main() {
   for (const Shape& shape : {Shape{8, 2, 64, -1}, Shape{3, 1, 80, -1}, Shape{4, 4, 16, 1000}}) {
-    for (const auto format : {kernels::Format::kF16, kernels::Format::kInt8, kernels::Format::kK8V4, kernels::Format::kInt4}) {
+    for (const auto format :
+         {kernels::Format::kF16, kernels::Format::kInt8, kernels::Format::kK8V4, kernels::Format::kInt4}) {
       check(shape, format);
     }
   }

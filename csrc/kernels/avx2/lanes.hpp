@@ -85,7 +85,8 @@ static inline __m256 lanes_of(TokenRange range, std::size_t vector) noexcept {
 
 // One block's step of the online softmax: 64 logits in place -> 64 probabilities; m and l updated. Returns alpha.
 // Where nothing was ever seen (the new maximum is -inf) alpha and p come out as 0, which leaves the zeros of l and o as they are.
-static inline float softmax_step(float* s, TokenRange range, float softcap, float* logits, float& m, float& l) noexcept {
+static inline float softmax_step(float* s, TokenRange range, float softcap, float* logits, float& m,
+                                 float& l) noexcept {
   const __m256 nothing = _mm256_set1_ps(kMinusInfinity);
   __m256 largest = nothing;
   __m256 x[8];
