@@ -31,6 +31,7 @@ class Threads final : public Executor {
   void parallel_for(std::size_t count, void (*fn)(void*, std::size_t), void* context) override {
     std::atomic<std::size_t> next{0};
     std::vector<std::jthread> pool;
+    pool.reserve(threads_);
     for (std::size_t t = 0; t < threads_; ++t) {
       pool.emplace_back([&] {
         for (std::size_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) fn(context, i);
@@ -97,7 +98,7 @@ void same(const std::vector<float>& got, const std::vector<float>& want, const c
 void check(const Shape& shape, kernels::Format format) {
   const std::int64_t length = 3000;
   const auto cache = filled(shape, format, length, 1);
-  std::mt19937 random(2);
+  std::mt19937 random(2);  // NOLINT(bugprone-random-generator-seed): the same numbers every time
   SerialExecutor serial;
   Reversed reversed;
   Threads threads(4);

@@ -145,8 +145,8 @@ std::size_t compare_decode(Case& test, std::string& mismatch) {
 std::size_t compare_prefill(Case& test, std::string& mismatch) {
   const std::size_t rows = 1 + test.random.below(15);
   test.draw(rows);
-  std::vector<Visible> visible;
-  for (std::size_t r = 0; r < rows; ++r) visible.push_back(test.draw_visible());
+  std::vector<Visible> visible(rows);
+  for (Visible& seen : visible) seen = test.draw_visible();
   const float scale = 1.0F / std::sqrt(static_cast<float>(test.d));
   const float softcap = test.random.below(4) == 0 ? 30.0F * test.random.unit() : 0.0F;
   const std::size_t tile = kBlockTokens * test.d;

@@ -21,7 +21,8 @@ static inline __m256i load_bytes(const std::byte* p) noexcept {
 }
 
 static inline void prefetch(const void* p, std::uintptr_t ahead) noexcept {
-  _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<std::uintptr_t>(p) + ahead), _MM_HINT_T1);
+  const std::uintptr_t address = reinterpret_cast<std::uintptr_t>(p) + ahead;
+  _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T1);  // NOLINT(performance-no-int-to-ptr): never read
 }
 
 static inline __m256 absolute(__m256 x) noexcept { return _mm256_andnot_ps(_mm256_set1_ps(-0.0F), x); }

@@ -20,8 +20,8 @@ namespace inferos::kernels::avx512vnni {
 namespace {
 
 constexpr std::size_t kT = kBlockTokens;
-constexpr std::size_t kChunk = 4;                  // query heads at a time
-constexpr std::size_t kPrefetchBytes = 16 * 1024;  // measured best of 4..32 KiB
+constexpr std::size_t kChunk = 4;                               // query heads at a time
+constexpr std::size_t kPrefetchBytes = std::size_t{16} * 1024;  // measured best of 4..32 KiB
 
 struct Scratch {
   alignas(64) float s[kChunk][kT];                    // logits, then probabilities
