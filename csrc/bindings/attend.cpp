@@ -81,6 +81,7 @@ void decode(const Attend& kernel, const Floats& q, int format, const std::vector
   expect(l, "l", {group});
   if (logits) expect(*logits, "logits", {blocks.size(), group, kBlockTokens});
   std::vector<BlockView> views;
+  views.reserve(blocks.size());
   for (const BlockTuple& block : blocks) views.push_back(view(checked_format(format), block, d));
   const kernels::DecodeTask task{.q = q.data(),
                                  .group = group,
