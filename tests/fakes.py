@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from inferos.errors import ClosedError, ContextError, ProviderLost, RewindError
 from inferos.runtime.protocols import Float32, Ids, TokenSequence
 
 Script = Callable[[list[int]], int]
+END = "<|end|>"
 
 
 def counting(ids: list[int]) -> int:
@@ -117,3 +122,22 @@ class FailingSession(FakeSession):
         self.left -= 1
         if self.left == -1:
             raise ProviderLost("the fake is gone")
+
+
+def byte_folder(folder: Path) -> Path:
+    """Give a folder a tokenizer with one id a byte and `END` and `<s>` as special tokens, and a small chat template."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = tokenizers.Tokenizer(models.BPE({piece: i for i, piece in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([END, "<s>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    template = (
+        "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+    )
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "chat_template": template}))
+    return folder
+
+
+def ids_of(folder: Path, text: str) -> list[int]:
+    return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids

@@ -7,8 +7,8 @@
 //     reduce16: lanes (i, i+8), then (i, i+4), (i, i+2), (i, i+1) are added, in that order;
 //   * exp is the polynomial of exp_constants.hpp, the same operations everywhere; it is exactly 0 below -64;
 //   * quantised products are exact integers.
-// Promised for finite q and finite FP16 blocks (packed blocks are finite by construction). A NaN in K or V of a token makes l or o
-// of the heads that see it NaN; a head whose q is not finite gets unspecified values. Neither reads or writes out of bounds.
+// Promised where |q| < 2^90 and FP16 blocks are finite (packed blocks are, by construction). A NaN in K or V of a token makes l or
+// o of the heads that see it NaN; a head with larger or no finite q gets unspecified values. Nothing is read or written out of bounds.
 //
 // Decode, one query token. For each block, in list order, for each query head g:
 //   [lo, hi) = [begin, end) cut to the visible range; a block with none is skipped (its logits are -inf)
@@ -20,7 +20,7 @@
 //     K4    the same with 127 instead of 16256: storage error dominates by 10x
 //   softcap > 0: s = softcap * tanh(s / softcap), tanh(x) = copysign((1 - e) / (1 + e), x) with e = exp(-2 |x|)
 //   all other tokens: s = -inf, p = 0
-//   m' = max(m, max s) + 0; the block is skipped where m' is -inf; alpha = exp(m - m'); p[t] = exp(s[t] - m')
+//   m' = max(m, max s) + 0, NaN ignored; x = m', or 0 where m' is -inf; alpha = exp(m - x); p[t] = exp(s[t] - x)
 //   l = fma(l, alpha, reduce16(sum of p in lanes t % 16, ascending t))
 //   values, D channels:
 //     F16   o[d] = fma over t = lo..hi-1 ascending of p[t] * V[t][d], starting from o[d] * alpha

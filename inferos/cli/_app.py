@@ -21,6 +21,7 @@ __all__ = ["app", "main"]
 # typer has carried its own copy of click since 0.20 or so; its public classes lead to the base of either.
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 _CommandError: type[Exception] = _UsageError.__bases__[0]
+_INTERRUPTED = 130  # what typer makes of Ctrl-C; our codes are 0, 1 and 2
 _BAD_INPUT = (ConfigError, ContextError, ModelError, TemplateError)
 
 
@@ -33,6 +34,8 @@ class OneLineErrors(TyperGroup):
         options["standalone_mode"] = False
         try:
             code = super().main(given, *positional, **options)
+            if code == _INTERRUPTED:
+                raise KeyboardInterrupt
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the process ends here
             code = _report(error, debug="--debug" in given)
         sys.exit(code if isinstance(code, int) else 0)

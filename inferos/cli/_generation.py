@@ -59,12 +59,16 @@ class Request:
     model: str
     kv: _options.EffectiveKv
     budget_bytes: int
+    threads: int
 
     @classmethod
-    def checked(cls, model: str, kv: _options.EffectiveKv, memory_limit: str | None, device: str) -> Request:
+    def checked(
+        cls, model: str, kv: _options.EffectiveKv, memory_limit: str | None, device: str, threads: int
+    ) -> Request:
         """Raises ConfigError where an option does not fit."""
         _options.check_device(device)
-        return cls(model, kv, _options.budget_bytes(memory_limit))
+        _options.check_range("--threads", threads, 0, _options.MOST_THREADS)
+        return cls(model, kv, _options.budget_bytes(memory_limit), threads)
 
     def notes(self) -> list[str]:
         """What differs from the request, and why."""
@@ -80,7 +84,7 @@ def load_model(request: Request) -> Model:
 
     for note in request.notes():
         typer.echo(f"inferos: {note}", err=True)
-    return load(request.model, kv=request.kv.kv, budget_bytes=request.budget_bytes or None)
+    return load(request.model, kv=request.kv.kv, budget_bytes=request.budget_bytes or None, threads=request.threads)
 
 
 def show_plan(request: Request, max_tokens: int, json_path: Path | None) -> None:
@@ -94,6 +98,7 @@ def show_plan(request: Request, max_tokens: int, json_path: Path | None) -> None
         "kv_reason": request.kv.reason or None,
         "memory_limit": request.budget_bytes or None,
         "max_tokens": max_tokens,
+        "threads": request.threads or None,
     }
     _plan.show(_plan.describe(read_layout(resolve_model(request.model)), request.model, settings), json_path)
 

@@ -25,6 +25,7 @@ __all__ = [
     "MemoryLimitOption",
     "ModelArgument",
     "OptimizationOption",
+    "ThreadsOption",
     "budget_bytes",
     "check_device",
     "check_range",
@@ -34,6 +35,7 @@ __all__ = [
 ]
 
 DEFAULT_KV = "int8"
+MOST_THREADS = 1024
 DEVICES = ("auto", "cpu")
 _BITS = {(8, 8): "int8", (8, 4): "k8v4", (4, 4): "int4", (16, 16): "f16"}
 _FALSE = frozenset({"0", "false", "no", "off"})
@@ -67,6 +69,10 @@ MemoryLimitOption = Annotated[
     typer.Option("--memory-limit", metavar="SIZE", help="Bytes the KV cache may take, such as 512MiB."),
 ]
 DeviceOption = Annotated[str, typer.Option("--device", metavar="auto|cpu", help="Where the model runs.")]
+ThreadsOption = Annotated[
+    int,
+    typer.Option("--threads", metavar="N", help="Threads of a step; 0 = ONNX Runtime's choice, 1 suits small models."),
+]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Show what would be loaded; load nothing.")]
 DebugOption = Annotated[
     bool, typer.Option("--debug", help="Log everything; a traceback when something fails.", callback=_debug)

@@ -31,6 +31,7 @@ from inferos.cli._options import (
     MemoryLimitOption,
     ModelArgument,
     OptimizationOption,
+    ThreadsOption,
 )
 
 __all__ = ["chat"]
@@ -56,6 +57,7 @@ def chat(
     optimization: OptimizationOption = None,
     memory_limit: MemoryLimitOption = None,
     device: DeviceOption = "auto",
+    threads: ThreadsOption = 0,
     json_path: JsonOption = None,
     dry_run: DryRunOption = False,
     _debug: DebugOption = False,
@@ -63,7 +65,7 @@ def chat(
     """Talk with a model, a line a turn; only what is new is computed."""
     _options.check_range("--max-tokens", max_tokens, 1)
     effective = _options.resolve_kv(kv, kv_k, kv_v, optimization, kv_quantization)
-    request = _generation.Request.checked(model, effective, memory_limit, device)
+    request = _generation.Request.checked(model, effective, memory_limit, device, threads)
     _output.check_json_path(json_path)
     if dry_run:
         _generation.show_plan(request, max_tokens, json_path)

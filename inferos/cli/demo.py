@@ -43,9 +43,9 @@ def demo(
 
     from inferos.cli._report import Report
     from inferos.cli._rows import Plan, measure_all, table
-    from inferos.quality import recall, sample_text
+    from inferos.quality import sample_text
     from inferos.runtime.environment import environment
-    from inferos.runtime.reference import REFERENCE_NAME, reference_folder, reference_words
+    from inferos.runtime.reference import REFERENCE_NAME, reference_folder
     from inferos.runtime.session import open_session
 
     out = _output.console(json_path)
@@ -55,16 +55,7 @@ def demo(
     def open_format(kv: str) -> DecoderSession:
         return open_session(folder, kv=kv, threads=_THREADS)
 
-    questions = recall.prepare(
-        encoder,
-        tokens=context,
-        words=reference_words(),
-        filler=recall.default_filler(),
-        first_token=0,
-        documents=1,
-        questions=16 if context >= 512 else 2,
-        seed=seed,
-    )
+    questions = _questions(encoder, context, seed)
     asked = sum(len(prompt.ids) for prompt in questions)
     with _output.progress_bar(context + len(_FORMATS) * (context + asked)) as progress:
         progress.describe("sampling a text")
@@ -89,6 +80,22 @@ def demo(
         rows=outcome.rows,
     )
     _output.write_json(json_path, report.as_json())
+
+
+def _questions(encoder: tokenizers.Tokenizer, context: int, seed: int) -> list[Prompt]:
+    from inferos.quality import recall
+    from inferos.runtime.reference import reference_words
+
+    return recall.prepare(
+        encoder,
+        tokens=context,
+        words=reference_words(),
+        filler=recall.default_filler(),
+        first_token=0,
+        documents=1,
+        questions=16 if context >= 512 else 2,
+        seed=seed,
+    )
 
 
 def _explain(out: Any, context: int, prompt: int, answers: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,7 @@ from inferos.cli._options import (
     KvVOption,
     MemoryLimitOption,
     ModelArgument,
+    ThreadsOption,
 )
 from inferos.errors import ConfigError, ContextError
 
@@ -53,12 +55,14 @@ def evaluate(
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the sampled text and of the questions.")] = 0,
     memory_limit: MemoryLimitOption = None,
     device: DeviceOption = "auto",
+    threads: ThreadsOption = 0,
     json_path: JsonOption = None,
     dry_run: DryRunOption = False,
     _debug: DebugOption = False,
 ) -> None:
     """Measure PPL, KLD and same-top-1 of cache formats, teacher-forced through the decode path."""
     _options.check_range("--seed", seed, 0)
+    _options.check_range("--threads", threads, 0, _options.MOST_THREADS)
     formats = _options.kv_list(kv, kv_k, kv_v)
     _options.check_device(device)
     budget = _options.budget_bytes(memory_limit)
@@ -69,78 +73,99 @@ def evaluate(
 
     layout = read_layout(resolve_model(model))
     length = _context(layout, context)
-    with_recall = model == REFERENCE_NAME if recall is None else recall
     given = None if text is None else _read_text(layout, text, length)
+    with_recall = model == REFERENCE_NAME if recall is None else recall
+    job = _Job(layout, model, formats, length, given, with_recall, seed, budget, threads)
     if dry_run:
-        settings = {
-            "kv": list(formats),
-            "context": length if given is None else len(given),
-            "recall": with_recall,
-            "memory_limit": budget or None,
+        _plan.show(_plan.describe(layout, model, job.settings()), json_path)
+    else:
+        job.run(json_path)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One evaluation, every option checked."""
+
+    layout: ModelLayout
+    model: str
+    formats: tuple[str, ...]
+    length: int  # tokens
+    given: Ids | None  # the text; None: the model writes one
+    with_recall: bool
+    seed: int
+    budget: int  # bytes, 0 = no limit
+    threads: int
+
+    @property
+    def baseline(self) -> str:
+        """The uncompressed cache: FP16 in a rewritten folder, which has lost its own attention."""
+        return "f16" if self.layout.rewritten else "off"
+
+    def settings(self) -> dict[str, Any]:
+        """What a dry run shows beside the model."""
+        return {
+            "kv": list(self.formats),
+            "baseline": self.baseline,
+            "context": self.length if self.given is None else len(self.given),
+            "recall": self.with_recall,
+            "memory_limit": self.budget or None,
+            "threads": self.threads or None,
         }
-        _plan.show(_plan.describe(layout, model, settings), json_path)
-        return
-    _run(layout, model, formats, length, given, with_recall, seed, budget, json_path)
 
+    def open(self, kv: str) -> DecoderSession:
+        """A session; the limit binds inferos' caches only."""
+        from inferos.runtime.session import open_session
 
-def _run(
-    layout: ModelLayout,
-    model: str,
-    formats: tuple[str, ...],
-    length: int,
-    given: Ids | None,
-    with_recall: bool,
-    seed: int,
-    budget: int,
-    json_path: Path | None,
-) -> None:
-    from inferos.cli._report import Report
-    from inferos.cli._rows import Plan, measure_all, table
-    from inferos.quality import sample_text
-    from inferos.runtime.environment import environment
-    from inferos.runtime.session import open_session
+        return open_session(self.layout, kv=kv, budget_bytes=0 if kv == "off" else self.budget, threads=self.threads)
 
-    # A rewritten folder has lost its own attention; FP16 is then the least compressed cache there is.
-    baseline = "f16" if layout.rewritten else "off"
+    def run(self, json_path: Path | None) -> None:
+        """Measure, show, write."""
+        from inferos.cli._report import Report
+        from inferos.cli._rows import Plan, measure_all, table
+        from inferos.runtime.environment import environment
 
-    def open_format(kv: str) -> DecoderSession:
-        return open_session(layout, kv=kv, budget_bytes=0 if kv == "off" else budget)
+        questions = _questions(self.layout, self.length, self.seed) if self.with_recall else []
+        asked = sum(len(prompt.ids) for prompt in questions)
+        texts = len(self.formats) + (self.baseline not in self.formats) + (self.given is None)
+        with _output.progress_bar(texts * self.length + len(self.formats) * asked) as progress:
+            ids = self._sample(progress) if self.given is None else self.given
+            plan = Plan(self.formats, self.open, self.baseline, ids, max(1, len(ids) // 2), questions)
+            outcome = measure_all(plan, progress)
+        out = _output.console(json_path)
+        out.print(table(outcome))
+        source = "a text the model wrote itself" if self.given is None else "the given text"
+        out.print(
+            f"\nAt {len(ids)} tokens of {source}; the last {len(ids) - plan.prompt} were fed one by one and scored "
+            f"against kv={self.baseline}."
+        )
+        measurement = {
+            **self.settings(),
+            "text": "given" if self.given is not None else "sampled from the model with the uncompressed cache",
+            "seed": self.seed if self.given is None or questions else None,
+            "prompt_tokens": plan.prompt,
+            "details": outcome.details(),
+        }
+        report = Report(
+            schema="inferos.eval/1",
+            model=self.model,
+            environment={**environment(), "measurement": _output.plain(measurement)},
+            rows=outcome.rows,
+        )
+        _output.write_json(json_path, report.as_json())
 
-    questions = _questions(layout, length, seed) if with_recall else []
-    asked = sum(len(prompt.ids) for prompt in questions)
-    texts = len(formats) + (baseline not in formats) + (given is None)
-    with _output.progress_bar(texts * length + len(formats) * asked) as progress:
-        if given is None:
-            progress.describe("sampling a text")
-            first, avoid = _text_ends(layout)
-            session = open_format(baseline)
-            ids = sample_text(session, length, seed=seed, first_token=first, avoid=avoid, progress=progress.advance)
-        else:
-            ids = given
-        plan = Plan(formats, open_format, baseline, ids, max(1, len(ids) // 2), questions)
-        outcome = measure_all(plan, progress)
-    out = _output.console(json_path)
-    out.print(table(outcome))
-    source = "the given text" if given is not None else "a text the model wrote itself"
-    out.print(
-        f"\nAt {len(ids)} tokens of {source}; the last {len(ids) - plan.prompt} were fed one by one and scored "
-        f"against kv={baseline}."
-    )
-    measurement = {
-        "text": "given" if given is not None else "sampled from the model with the uncompressed cache",
-        "seed": seed if given is None or questions else None,
-        "baseline": baseline,
-        "prompt_tokens": plan.prompt,
-        "memory_limit": budget or None,
-        "details": outcome.details(),
-    }
-    report = Report(
-        schema="inferos.eval/1",
-        model=model,
-        environment={**environment(), "measurement": _output.plain(measurement)},
-        rows=outcome.rows,
-    )
-    _output.write_json(json_path, report.as_json())
+    def _sample(self, progress: _output.Progress) -> Ids:
+        from inferos.quality import sample_text
+
+        progress.describe("sampling a text")
+        first, avoid = _text_ends(self.layout)
+        return sample_text(
+            self.open(self.baseline),
+            self.length,
+            seed=self.seed,
+            first_token=first,
+            avoid=avoid,
+            progress=progress.advance,
+        )
 
 
 def _context(layout: ModelLayout, wanted: int | None) -> int:

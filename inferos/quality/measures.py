@@ -28,6 +28,7 @@ import numpy.typing as npt
 
 from inferos.errors import ConfigError, ContextError, ProviderError, ShapeError
 from inferos.runtime.protocols import DecoderSession, Float32, Ids, TokenSequence
+from inferos.runtime.sampler import Sampler, SamplingOptions
 
 __all__ = ["Interval", "Measures", "Trace", "compare", "evaluate", "record", "sample_text"]
 
@@ -215,16 +216,16 @@ def sample_text(
         raise ContextError(f"sample_text: tokens is {tokens}, expected 1..{session.context_length}")
     if any(not 0 <= token < session.vocab_size for token in (first_token, *avoid)):
         raise ConfigError(f"sample_text: ids {(first_token, *avoid)}, expected each in 0..{session.vocab_size - 1}")
-    rng = np.random.default_rng(seed)
+    sampler = Sampler(SamplingOptions(temperature=1.0, seed=seed))
     text = np.empty(tokens, np.int64)
     text[0] = first_token
     sequence = session.sequence()
     try:
         for position in range(1, tokens):
-            logits = sequence.feed(text[position - 1 : position]).astype(np.float64)
+            logits = sequence.feed(text[position - 1 : position]).copy()
             logits[list(avoid)] = -np.inf
-            cumulative = np.cumsum(np.exp(logits - logits.max()))
-            text[position] = np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")
+            text[position] = sampler.next(logits).id
+            sampler.accept(int(text[position]))
             if progress is not None:
                 progress(1)
     finally:

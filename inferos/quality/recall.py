@@ -23,10 +23,10 @@ from inferos.quality._documents import TASKS, Document, Filler, WordFiller, make
 from inferos.runtime.protocols import DecoderSession, Ids
 
 __all__ = [
-    "TASKS",
     "Document",
     "Prompt",
     "Recall",
+    "TASKS",
     "TextEncoder",
     "WordFiller",
     "default_filler",

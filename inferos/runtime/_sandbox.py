@@ -49,91 +49,24 @@ MAX_SECONDS = 5.0
 
 _SCOPES = (nodes.For, nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.With, nodes.AssignBlock, nodes.Scope)
 _STATEMENTS = (*_SCOPES, nodes.Output, nodes.If, nodes.Assign, nodes.Break, nodes.Continue)
-_FILTERS = [
-    "abs",
-    "capitalize",
-    "count",
-    "d",
-    "default",
-    "dictsort",
-    "first",
-    "float",
-    "groupby",
-    "int",
-    "items",
-    "last",
-    "length",
-    "list",
-    "lower",
-    "map",
-    "max",
-    "min",
-    "reject",
-    "rejectattr",
-    "reverse",
-    "select",
-    "selectattr",
-    "sort",
-    "string",
-    "title",
-    "unique",
-    "upper",
-]
-_STR_METHODS = frozenset(
-    [
-        "capitalize",
-        "casefold",
-        "count",
-        "endswith",
-        "find",
-        "format",
-        "index",
-        "isalnum",
-        "isalpha",
-        "isdecimal",
-        "isdigit",
-        "islower",
-        "isnumeric",
-        "isspace",
-        "isupper",
-        "join",
-        "lower",
-        "lstrip",
-        "partition",
-        "removeprefix",
-        "removesuffix",
-        "replace",
-        "rfind",
-        "rindex",
-        "rpartition",
-        "rsplit",
-        "rstrip",
-        "split",
-        "splitlines",
-        "startswith",
-        "strip",
-        "swapcase",
-        "title",
-        "upper",
-    ]
+# fmt: off
+_FILTERS = (
+    "abs", "capitalize", "dictsort", "float", "groupby", "int", "items", "list", "lower", "map", "max", "min", "reject",
+    "rejectattr", "reverse", "select", "selectattr", "sort", "string", "title", "unique", "upper",
 )
-_LOOP = frozenset(
-    [
-        "changed",
-        "cycle",
-        "depth",
-        "depth0",
-        "first",
-        "index",
-        "index0",
-        "last",
-        "length",
-        "nextitem",
-        "previtem",
-        "revindex",
-        "revindex0",
-    ]
-)
+# These take what exists and make nothing: they cost one step, whatever they are given.
+_CHEAP_FILTERS = ("count", "d", "default", "first", "last", "length")
+_STR_METHODS = frozenset({
+    "capitalize", "casefold", "count", "endswith", "find", "format", "index", "isalnum", "isalpha", "isdecimal",
+    "isdigit", "islower", "isnumeric", "isspace", "isupper", "join", "lower", "lstrip", "partition", "removeprefix",
+    "removesuffix", "replace", "rfind", "rindex", "rpartition", "rsplit", "rstrip", "split", "splitlines",
+    "startswith", "strip", "swapcase", "title", "upper",
+})
+_LOOP = frozenset({
+    "changed", "cycle", "depth", "depth0", "first", "index", "index0", "last", "length", "nextitem", "previtem",
+    "revindex", "revindex0",
+})
+# fmt: on
 _ATTRIBUTES: tuple[tuple[type, frozenset[str]], ...] = (
     (str, _STR_METHODS),
     (dict, frozenset({"get", "items", "keys", "values"})),
@@ -158,18 +91,32 @@ class Budget:
 
     Parameters
     ----------
-    size : int
-        Weight of what the template is given, in characters and elements; the limits grow with it.
+    given : plain data
+        What the template is given; the limits grow with its size. It must live, unchanged, as long as the budget.
     clock : seconds, monotonic
     """
 
-    def __init__(self, size: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, given: Any, clock: Callable[[], float] = time.monotonic) -> None:
+        # id of a container in `given` -> its weight and height, so that passing it around again costs one step.
+        self._known: dict[int, tuple[int, int]] = {}
+        size, _ = self._measure(given)
         self.value = (1 << 20) + 4 * size
         self.output = (1 << 20) + 4 * size
         self.steps = 500_000 + 8 * size
         self.characters = (16 << 20) + 64 * size
         self._clock = clock
         self._deadline = clock() + MAX_SECONDS
+
+    def _measure(self, item: Any) -> tuple[int, int]:
+        """Weight and height of plain data."""
+        if isinstance(item, str):
+            return 1 + len(item), 0
+        if not isinstance(item, (dict, list)):
+            return 1 + (item.bit_length() // 3 if isinstance(item, int) else 0), 0
+        parts = [self._measure(part) for part in ([*item.keys(), *item.values()] if isinstance(item, dict) else item)]
+        found = 1 + sum(weight for weight, _ in parts), 1 + max((height for _, height in parts), default=0)
+        self._known[id(item)] = found
+        return found
 
     def spend(self, steps: int = 1, characters: int = 0) -> None:
         """Take from what is left. Raises SecurityError when it is used up."""
@@ -207,12 +154,16 @@ class Budget:
                 if item.bit_length() > MAX_INT_BITS:
                     raise SecurityError("it makes a number that is too large")
             elif isinstance(item, _CONTAINERS):
-                if depth >= MAX_DEPTH:
+                weight, height = self._known.get(id(item), (0, 0))
+                if depth + height >= MAX_DEPTH:
                     raise SecurityError(f"it nests values deeper than {MAX_DEPTH}")
-                if len(item) > self.value:
+                if weight:
+                    total += weight - 1
+                elif len(item) > self.value:
                     raise SecurityError(f"it makes a value of {len(item)} elements, more than {self.value}")
-                inner = [*item.keys(), *item.values()] if isinstance(item, dict) else item
-                stack.extend((child, depth + 1) for child in inner)
+                else:
+                    inner = [*item.keys(), *item.values()] if isinstance(item, dict) else item
+                    stack.extend((child, depth + 1) for child in inner)
             elif depth and isinstance(item, (Namespace, jinja2.runtime.LoopContext)):
                 raise SecurityError("it puts a namespace or a loop into a value")
             if total + len(stack) > self.value:
@@ -270,7 +221,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
             "escape": _escape,
         }
         plain = {name: jinja2.filters.FILTERS[name] for name in _FILTERS}
-        self.filters = {name: self._guarded(function) for name, function in {**plain, **own}.items()}
+        cheap = {name: self._counted(jinja2.filters.FILTERS[name]) for name in _CHEAP_FILTERS}
+        self.filters = {**cheap, **{name: self._guarded(function) for name, function in {**plain, **own}.items()}}
 
     @property
     def budget(self) -> Budget:
@@ -445,6 +397,16 @@ class Sandbox(ImmutableSandboxedEnvironment):
             return self._weighed(function(*args, **kwargs))
 
         return guarded
+
+    def _counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A filter that costs one step."""
+
+        @functools.wraps(function)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.budget.spend()
+            return function(*args, **kwargs)
+
+        return counted
 
     def _call_str(self, name: str, owner: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A str method, with what it could blow up checked first."""

@@ -107,7 +107,7 @@ class ChatTemplate:
             **{name: _plain(value, name) for name, value in variables.items()},
         }
         try:
-            return self._sandbox.render(self._template, Budget(_size(given)), given)
+            return self._sandbox.render(self._template, Budget(given), given)
         except TemplateError:
             raise
         except Exception as error:  # a template can fail in any way; each is the template's fault
@@ -186,17 +186,6 @@ def _plain(value: Any, where: str, depth: int = 0) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(inner, f"{where}[{index}]", depth + 1) for index, inner in enumerate(value)]
     raise ConfigError(f"{where}: {type(value).__name__} is not plain data")
-
-
-def _size(value: Any) -> int:
-    """Characters and elements of plain data."""
-    if isinstance(value, str):
-        return 1 + len(value)
-    if isinstance(value, dict):
-        return 1 + sum(len(key) + _size(inner) for key, inner in value.items())
-    if isinstance(value, list):
-        return 1 + sum(_size(inner) for inner in value)
-    return 1
 
 
 def _raise_exception(message: object = "") -> str:

@@ -37,7 +37,7 @@ class HugePages:
     system : str or None
         always, madvise or never, as Linux says; None where there is no such setting.
     slabs, huge_slabs : int
-        Pieces of memory that an arena took for a try of 8 MiB, and those of them the system accepted huge pages for.
+        Pieces of memory that an arena took for a try of 64 MiB, and those of them the system accepted huge pages for.
     """
 
     system: str | None
@@ -121,15 +121,11 @@ def huge_pages() -> HugePages:
         system = next((word.strip("[]") for word in words if word.startswith("[")), None)
     except OSError:
         system = None
-    import numpy as np
-
     arena = Arena(0)
-    tokens, heads, head_dim = 4096, 4, 128  # 8 MiB of K and V in FP16
-    values = np.zeros((tokens, heads, head_dim), np.float32)
-    with KVCache([LayerSpec(heads, head_dim)], kv="f16", arena=arena, max_tokens=tokens) as cache:
+    # Large enough for 2 MiB pieces: the arena's pieces grow with it. Opening a step reserves; nothing is written.
+    tokens, layer = 16_384, LayerSpec(kv_heads=8, head_dim=128)
+    with KVCache([layer], kv="f16", arena=arena, max_tokens=tokens) as cache:
         cache.begin(tokens)
-        cache.append(0, values, values)
-        cache.commit()
         stats = arena.stats()
     return HugePages(system, stats.slabs, stats.huge_slabs)
 

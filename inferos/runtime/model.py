@@ -114,6 +114,8 @@ def load(
         budget_bytes=budget,
         threads=threads,
         prefill_chunk=prefill_chunk,
+        thresholds=(resolved.thresholds.l1_int8, resolved.thresholds.l2_int4),
+        l2_format=resolved.l2_format,
     )
     if rules.kv.layer_overrides:
         _log.warning("kv.layer_overrides is not in force yet: every layer is kept as kv=%s says", session.kv)
@@ -429,8 +431,8 @@ class Conversation:
     def send(self, content: str | Message | Sequence[Message], **options: Any) -> Generation:
         """Say something; the answer comes as a generation.
 
-        A generation that is not finished is closed first, and what it gave counts as its answer. If the answer fails
-        or the messages do not fit, the conversation is as it was before.
+        A generation that is not finished is closed first, and what it gave counts as its answer. If it gave
+        nothing, the answer fails or the messages do not fit, the conversation is as it was before.
 
         Parameters
         ----------
@@ -461,10 +463,10 @@ class Conversation:
         self._messages = messages
 
         def end(generation: Generation, error: BaseException | None) -> None:
-            if error is None:
-                self._messages.append({"role": "assistant", "content": generation.text})
-            else:
+            if error is not None or (generation.tokens == 0 and generation.finish_reason == "cancelled"):
                 self._messages = before
+            else:
+                self._messages.append({"role": "assistant", "content": generation.text})
             if self._closed and self._cached is not None:
                 self._cached.sequence.close()
 

@@ -1,9 +1,10 @@
 """From stock attention to inferos': a decoder's graph without past and present.
 
 Every GroupQueryAttention node becomes ``inferos::CompressedAttention`` with its own ``layer``. The cache's inputs and
-outputs go; ``inferos_handle`` (int64, one per row) names each row's cache. Two small inputs take the place of the
-attention mask, whose length would grow with the context: ``inferos_seqlens_k`` (int32, per row: total tokens minus 1)
-and ``inferos_total_length`` (int32 scalar: the longest row).
+outputs go; ``inferos_handle`` (int64, one per row) names each row's cache. A folder keeps attention_mask, so that any
+host that runs the export runs the rewritten model with one more input. In our own sessions two small inputs take the
+place of the mask, whose length would grow with the context: ``inferos_seqlens_k`` (int32, per row: total tokens minus
+1) and ``inferos_total_length`` (int32 scalar: the longest row).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from inferos.errors import ModelError, UnsupportedError
+from inferos.kv import library_path
 from inferos.runtime._graph import (
     DTYPE_KEY,
     OUR_DOMAIN,
@@ -46,6 +48,7 @@ from inferos.runtime.layout import (
 
 __all__ = ["RewriteReport", "rewrite", "rewrite_model"]
 
+_LENGTHS, _TOTAL = 3, 4  # positions of the lengths among our op's inputs
 _VERSION = "1"  # of the rewritten form; part of the marker, so that a newer inferos writes a folder again
 _VERSION_KEY = "inferos.rewrite"
 _LAYERS_KEY = "inferos.layers"
@@ -69,7 +72,7 @@ class RewriteReport:
     layers : tuple of AttentionLayer
         The attention nodes, in the order of the cache's layers.
     linked, copied : tuple of str
-        Files of the source that share its bytes on disk, and those that were copied.
+        Files that share their bytes on disk with the source or, as the library, with the package; and those copied.
     """
 
     source: Path
@@ -80,20 +83,24 @@ class RewriteReport:
     copied: tuple[str, ...]
 
 
-def rewrite_model(model: onnx.ModelProto, *, head_dim: int | None = None) -> onnx.ModelProto:
+def rewrite_model(
+    model: onnx.ModelProto, *, head_dim: int | None = None, scalar_lengths: bool = True
+) -> onnx.ModelProto:
     """The model with inferos' attention; its external data is neither read nor needed.
 
     Parameters
     ----------
     model : onnx.ModelProto
-        A decoder with GroupQueryAttention. Not changed.
+        A decoder with GroupQueryAttention, or a rewritten one. Not changed.
     head_dim : int, optional
         Values per head, used where the graph does not say.
+    scalar_lengths : bool, default True
+        Whether the lengths become inputs of their own; else they come from attention_mask as before.
 
     Returns
     -------
     onnx.ModelProto
-        A new model, or `model` itself where it is rewritten already.
+        A new model, or `model` itself where nothing is left to do.
 
     Raises
     ------
@@ -102,39 +109,59 @@ def rewrite_model(model: onnx.ModelProto, *, head_dim: int | None = None) -> onn
     ModelError
         Where the graph has tensors of our names already.
     """
-    if attention_nodes(model, head_dim)[0].rewritten:
+    stock = not attention_nodes(model, head_dim)[0].rewritten
+    lengths = scalar_lengths and LENGTHS_INPUT not in {value.name for value in model.graph.input}
+    if not stock and not lengths:
         return model
     result = onnx.ModelProto()
     result.CopyFrom(model)
     nodes = attention_nodes(result, head_dim)
-    _check_lengths(nodes)
-    _check_names(result.graph)
-    alive_before = _alive(result.graph)
+    _check_names(
+        result.graph, ({HANDLE_INPUT} if stock else set()) | ({LENGTHS_INPUT, TOTAL_INPUT} if lengths else set())
+    )
+    alive = _alive(result.graph)
+    if stock:
+        _replace_attention(result, nodes)
+    if lengths:
+        _replace_lengths(result.graph, nodes)
+    _drop_dead(result.graph, alive)
+    return result
+
+
+def _replace_attention(model: onnx.ModelProto, nodes: tuple[AttentionNode, ...]) -> None:
     for layer, node in enumerate(nodes):
         _replace(node, layer)
-    dropped_outputs = {name for node in nodes for name in (node.present_key, node.present_value)}
-    _keep(result.graph.output, lambda value: value.name not in dropped_outputs)
-    _drop_dead(result.graph, alive_before)
-    _add_inputs(result.graph)
-    if not any(opset.domain == OUR_DOMAIN for opset in result.opset_import):
-        result.opset_import.append(helper.make_opsetid(OUR_DOMAIN, 1))
-    _add_metadata(result, nodes)
-    return result
+    presents = {name for node in nodes for name in (node.present_key, node.present_value)}
+    _keep(model.graph.output, lambda value: value.name not in presents)
+    model.graph.input.append(helper.make_tensor_value_info(HANDLE_INPUT, TensorProto.INT64, [_batch(model.graph)]))
+    if not any(opset.domain == OUR_DOMAIN for opset in model.opset_import):
+        model.opset_import.append(helper.make_opsetid(OUR_DOMAIN, 1))
+    _add_metadata(model, nodes)
+
+
+def _replace_lengths(graph: onnx.GraphProto, nodes: tuple[AttentionNode, ...]) -> None:
+    _check_lengths(nodes)
+    for node in nodes:
+        node.node.input[_LENGTHS], node.node.input[_TOTAL] = LENGTHS_INPUT, TOTAL_INPUT
+    graph.input.extend([
+        helper.make_tensor_value_info(LENGTHS_INPUT, TensorProto.INT32, [_batch(graph)]),
+        helper.make_tensor_value_info(TOTAL_INPUT, TensorProto.INT32, []),
+    ])  # fmt: skip
 
 
 def _check_lengths(nodes: tuple[AttentionNode, ...]) -> None:
     """One pair of lengths serves all layers only if all layers had the same."""
-    first = tuple(nodes[0].node.input[5:7])
+    first = [nodes[0].node.input[at] for at in (_LENGTHS, _TOTAL)]
     for node in nodes:
-        if tuple(node.node.input[5:7]) != first:
+        if [node.node.input[at] for at in (_LENGTHS, _TOTAL)] != first:
             raise UnsupportedError(f"node {node.name!r}: its lengths (seqlens_k, total) are not the first layer's")
 
 
-def _check_names(graph: onnx.GraphProto) -> None:
+def _check_names(graph: onnx.GraphProto, ours: set[str]) -> None:
     taken = {value.name for value in (*graph.input, *graph.initializer)} | {
         name for node in graph.node for name in node.output
     }
-    clash = sorted(taken & {HANDLE_INPUT, LENGTHS_INPUT, TOTAL_INPUT})
+    clash = sorted(taken & ours)
     if clash:
         raise ModelError(f"rewrite_model: the graph already has a tensor {clash[0]!r}")
 
@@ -142,10 +169,10 @@ def _check_names(graph: onnx.GraphProto) -> None:
 def _replace(found: AttentionNode, layer: int) -> None:
     node = found.node
     inputs = [*node.input, *[""] * 10][:10]
-    query, key, value, _, _, _, _, cosine, sine, positions = inputs
+    query, key, value, _, _, lengths, total, cosine, sine, positions = inputs
     kept = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     del node.input[:]
-    node.input.extend([query, key, value, LENGTHS_INPUT, TOTAL_INPUT, cosine, sine, positions, HANDLE_INPUT])
+    node.input.extend([query, key, value, lengths, total, cosine, sine, positions, HANDLE_INPUT])
     del node.output[1:]
     del node.attribute[:]
     node.attribute.extend(
@@ -201,18 +228,10 @@ def _drop_dead(graph: onnx.GraphProto, alive_before: set[str]) -> None:
     _keep(graph.value_info, lambda item: item.name in left)
 
 
-def _add_inputs(graph: onnx.GraphProto) -> None:
-    batch: int | str | None = "batch_size"
-    for value in graph.input:
-        shape = tensor_shape(value)
-        if len(shape) == 2:
-            batch = shape[0]
-            break
-    graph.input.extend([
-        helper.make_tensor_value_info(LENGTHS_INPUT, TensorProto.INT32, [batch]),
-        helper.make_tensor_value_info(TOTAL_INPUT, TensorProto.INT32, []),
-        helper.make_tensor_value_info(HANDLE_INPUT, TensorProto.INT64, [batch]),
-    ])  # fmt: skip
+def _batch(graph: onnx.GraphProto) -> int | str | None:
+    """The batch extent, as the graph's token ids have it."""
+    shapes = (tensor_shape(value) for value in graph.input)
+    return next((shape[0] for shape in shapes if len(shape) == 2), "batch_size")
 
 
 def _add_metadata(model: onnx.ModelProto, nodes: Iterable[AttentionNode]) -> None:
@@ -227,6 +246,10 @@ def _add_metadata(model: onnx.ModelProto, nodes: Iterable[AttentionNode]) -> Non
 
 def rewrite(folder: str | Path, out: str | Path | None = None) -> RewriteReport:
     """Write a folder whose model has inferos' attention and no past or present.
+
+    Whatever ran the export runs the result: the inputs are the same but for the past, and one more, ``inferos_handle``
+    (`inferos.KVCache.handle`, int64, one per row). onnxruntime finds the op by `inferos.register`, onnxruntime-genai by
+    the folder's own genai_config.json, which names a link to libinferos beside it.
 
     Parameters
     ----------
@@ -245,7 +268,7 @@ def rewrite(folder: str | Path, out: str | Path | None = None) -> RewriteReport:
     Raises
     ------
     ModelError
-        As `inferos.runtime.layout.read_layout`, and where `out` holds something else.
+        As `inferos.runtime.layout.read_layout`, and where `out` holds something else or cannot be written.
     UnsupportedError
         Naming the attention node that cannot be rewritten, and why.
     """
@@ -256,23 +279,21 @@ def rewrite(folder: str | Path, out: str | Path | None = None) -> RewriteReport:
     target = Path(out).absolute() if out is not None else source.with_name(source.name + "-inferos")
     if target.resolve() == source:
         raise ModelError(f"rewrite: {target} is the model's own folder; name another one")
-    digest = _digest(layout.model_path)
+    marker = _marker(layout.model_path)
     existing = _read_marker(target)
-    if existing is not None and existing == _marker(digest):
+    if existing is not None and existing == marker:
         return RewriteReport(source, target, False, read_layout(target).layers, (), ())
     if existing is None and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ModelError(f"rewrite: {target} exists and was not written by inferos; it is left alone")
-    linked, copied = _write(layout, target, digest)
+    linked, copied = _write(layout, target, marker)
     return RewriteReport(source, target, True, read_layout(target).layers, linked, copied)
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _marker(digest: str) -> dict[str, str]:
-    return {"schema": "inferos.rewrite/" + _VERSION, "source_sha256": digest}
+def _marker(model: Path) -> dict[str, str]:
+    """What makes two results the same."""
+    with model.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"schema": "inferos.rewrite/" + _VERSION, "source_sha256": digest, "library": str(library_path())}
 
 
 def _read_marker(folder: Path) -> object | None:
@@ -283,13 +304,18 @@ def _read_marker(folder: Path) -> object | None:
     return marker
 
 
-def _write(layout: ModelLayout, target: Path, digest: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _write(layout: ModelLayout, target: Path, marker: dict[str, str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Write beside `target`, then rename: a reader sees the old folder, none, or the whole new one."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        linked, copied = _fill(layout, scratch / "new", digest)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise ModelError(f"rewrite: cannot write into {target.parent}: {error}") from error
+    try:
+        linked, copied = _fill(layout, scratch / "new", marker)
         _swap(scratch / "new", target, scratch / "old")
+    except OSError as error:
+        raise ModelError(f"rewrite: cannot write {target}: {error}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     _log.info("rewrote %s", target.name)
@@ -307,9 +333,9 @@ def _swap(new: Path, target: Path, old: Path) -> None:
         raise
 
 
-def _fill(layout: ModelLayout, folder: Path, digest: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _fill(layout: ModelLayout, folder: Path, marker: dict[str, str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     folder.mkdir()
-    model = rewrite_model(load_graph(layout.model_path), head_dim=layout.layers[0].head_dim)
+    model = rewrite_model(load_graph(layout.model_path), head_dim=layout.layers[0].head_dim, scalar_lengths=False)
     (folder / layout.model_path.name).write_bytes(model.SerializeToString())
     linked: list[str] = []
     copied: list[str] = []
@@ -320,10 +346,28 @@ def _fill(layout: ModelLayout, folder: Path, digest: str) -> tuple[tuple[str, ..
         if path.suffix.lower() in _COPIED_SUFFIXES and path.is_file() and not (folder / path.name).exists():
             shutil.copyfile(path, folder / path.name)
             copied.append(path.name)
-    if not (folder / CONFIG_NAME).is_file():
-        raise ModelError(f"rewrite: {layout.folder} lost its {CONFIG_NAME} while it was read")
-    (folder / _MARKER).write_text(json.dumps(_marker(digest), indent=1), "utf-8")
+    if _link_library(folder):
+        linked.append(library_path().name)
+    (folder / _MARKER).write_text(json.dumps(marker, indent=1), "utf-8")
     return tuple(linked), tuple(copied)
+
+
+def _link_library(folder: Path) -> bool:
+    """Let onnxruntime-genai find the op: it takes a library from the model's folder only.
+
+    A link, because a copy would be a second library in the process, with handles of its own.
+    """
+    library = library_path()
+    try:
+        (folder / library.name).symlink_to(library)
+    except OSError as error:
+        _log.warning("onnxruntime-genai needs %s in the rewritten folder; linking failed: %s", library.name, error)
+        return False
+    path = folder / CONFIG_NAME
+    config = json.loads(path.read_text("utf-8"))
+    config["model"]["decoder"].setdefault("session_options", {})["custom_ops_library"] = library.name
+    path.write_text(json.dumps(config, indent=2), "utf-8")
+    return True
 
 
 def _link_or_copy(source: Path, target: Path) -> bool:

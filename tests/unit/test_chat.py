@@ -240,12 +240,12 @@ def test_a_hostile_template_ends_soon_with_a_typed_error(source: str) -> None:
     with pytest.raises(TemplateError, match=r"^chat template: "):
         render(source)
     # The backstop is 5 s; budgets end each of these well before it. This thread's own time: the machine may be busy.
-    assert time.thread_time() - began < 2.5
+    assert time.thread_time() - began < 4.5
 
 
 def test_the_time_limit_holds_even_where_no_other_does() -> None:
     clock = iter(range(100))
-    budget = Budget(0, lambda: float(next(clock)))
+    budget = Budget({}, lambda: float(next(clock)))
     for _ in range(5):
         budget.spend(0)
     with pytest.raises(SecurityError, match="longer than 5 s"):
@@ -255,6 +255,16 @@ def test_the_time_limit_holds_even_where_no_other_does() -> None:
 def test_the_limits_grow_with_the_messages() -> None:
     long = [{"role": "user", "content": "word " * 400_000}]
     assert len(render(CHATML, long)) > 1_999_000
+
+
+def test_a_long_conversation_is_no_attack() -> None:
+    source = """{%- set shown = messages[1:] -%}
+    {%- for message in shown -%}
+        {%- set left = (messages | length - 1) - loop.index0 + shown | length -%}
+        {{ message.role ~ left ~ message.content | trim ~ (messages[0] | tojson) }}
+    {%- endfor -%}"""
+    talk = [{"role": "user", "content": f"message {i}"} for i in range(3000)]
+    assert render(source, talk).count("user") == 2 * 2999
 
 
 def test_a_failed_rendering_leaves_the_template_usable() -> None:

@@ -5,44 +5,23 @@ from __future__ import annotations
 import gc
 import json
 import threading
-import weakref
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import tokenizers
-from fakes import FailingSession, FakeSession, reciting
+from fakes import END, FailingSession, FakeSession, byte_folder, ids_of, reciting
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import decoders, models, pre_tokenizers
 
-from inferos.errors import BusyError, ClosedError, ConfigError, ContextError, ModelError, ProviderLost, ShapeError
+from inferos.errors import BusyError, ConfigError, ContextError, ModelError, ProviderLost, ShapeError
 from inferos.runtime.generate import Generation, Token, _Tail
 from inferos.runtime.model import Model, load, resolve_model
-
-END = "<|end|>"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder whose tokenizer has one id a byte, and `END` and `<s>` as special tokens."""
-    made = tmp_path_factory.mktemp("model")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = tokenizers.Tokenizer(models.BPE({piece: i for i, piece in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([END, "<s>"])
-    tokenizer.save(str(made / "tokenizer.json"))
-    template = (
-        "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
-    )
-    (made / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "chat_template": template}))
-    return made
-
-
-def ids_of(folder: Path, text: str) -> list[int]:
-    return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids
+    return byte_folder(tmp_path_factory.mktemp("model"))
 
 
 def saying(folder: Path, answer: str, prompt: str = "go") -> tuple[Model, FakeSession]:
@@ -415,140 +394,6 @@ def test_an_empty_prompt_begins_with_the_bos(folder: Path) -> None:
     model, _ = saying(folder, "hi", prompt="<s>")
     model.bos_id = ids_of(folder, "<s>")[0]
     assert "".join(t.text for t in model.generate("")) == "hi"
-
-
-# ---- conversations ----
-
-
-def echo(folder: Path) -> tuple[Model, FakeSession]:
-    """Answers every turn with "ok" and the end."""
-    ok, end = ids_of(folder, "ok"), ids_of(folder, END)[0]
-    mark = ids_of(folder, "a:")
-
-    def script(ids: list[int]) -> int:
-        if ids[-2:] == mark:
-            return ok[0]
-        return ok[1] if ids[-1] == ok[0] else end
-
-    session = FakeSession(script)
-    return Model(session, folder=folder, eos_ids=[end]), session
-
-
-def test_a_second_turn_feeds_only_what_is_new(folder: Path) -> None:
-    model, session = echo(folder)
-    with model.chat("be") as conversation:
-        assert "".join(t.text for t in conversation.send("hi")) == "ok"
-        second = conversation.send("more")
-        assert "".join(t.text for t in second) == "ok"
-        # Everything up to the first answer's last fed token was there.
-        assert second.cached_tokens == len("s:be;u:hi;a:ok")
-        assert len(session.sequences) == 1
-        assert [m["content"] for m in conversation.messages] == ["be", "hi", "ok", "more", "ok"]
-    assert session.sequences[0].closed
-
-
-def test_the_cache_of_a_conversation_equals_a_fresh_one(folder: Path) -> None:
-    model, session = echo(folder)
-    conversation = model.chat()
-    for content in ("hi", "more", "and more"):
-        list(conversation.send(content))
-    fresh = model.prompt_ids(conversation.messages[:-1]).tolist()
-    assert session.sequences[0].ids[: len(fresh)] == fresh
-
-
-def test_a_turn_that_is_cut_short_counts_with_what_it_gave(folder: Path) -> None:
-    model, session = echo(folder)
-    conversation = model.chat()
-    next(conversation.send("hi"))
-    assert conversation.messages[-1] == {"role": "assistant", "content": "o"}
-    assert "".join(t.text for t in conversation.send("more")) == "ok"
-    fresh = model.prompt_ids(conversation.messages[:-1]).tolist()
-    assert session.sequences[0].ids[: len(fresh)] == fresh
-
-
-def test_a_turn_that_fails_leaves_the_conversation_as_it_was(folder: Path) -> None:
-    model, session = echo(folder)
-    conversation = model.chat()
-    list(conversation.send("hi"))
-    before = conversation.messages
-
-    def fail(ids: Any) -> None:
-        raise ProviderLost("gone")
-
-    session.before_feed = fail  # type: ignore[method-assign]
-    with pytest.raises(ProviderLost):
-        list(conversation.send("more"))
-    assert conversation.messages == before
-    del session.before_feed
-    assert "".join(t.text for t in conversation.send("more")) == "ok"
-
-
-def test_a_turn_that_does_not_fit_leaves_the_conversation_as_it_was(folder: Path) -> None:
-    model, session = echo(folder)
-    conversation = model.chat()
-    list(conversation.send("hi"))
-    session.context_length = 30
-    with pytest.raises(ContextError):
-        conversation.send("much more " * 10)
-    assert len(conversation.messages) == 2
-    assert "".join(t.text for t in conversation.send("m")) == "ok"
-
-
-def test_a_cache_that_cannot_go_back_starts_anew(folder: Path) -> None:
-    model, session = echo(folder)
-    conversation = model.chat()
-    next(conversation.send("hi"))
-    session.oldest = 1000
-    conversation._messages[0] = {"role": "user", "content": "ho"}
-    assert "".join(t.text for t in conversation.send("more")) == "ok"
-    assert [s.closed for s in session.sequences] == [True, False]
-
-
-def test_options_of_a_conversation_hold_for_every_turn(folder: Path) -> None:
-    conversation = echo(folder)[0].chat(max_tokens=1)
-    assert [len(list(conversation.send("hi"))) for _ in range(2)] == [1, 1]
-    assert len(list(conversation.send("hi", max_tokens=5))) == 2
-
-
-def test_an_unknown_option_of_a_turn_is_refused(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="unknown option warmth"):
-        echo(folder)[0].chat().send("hi", warmth=1)
-
-
-def test_resetting_keeps_the_system_message_only(folder: Path) -> None:
-    model, session = echo(folder)
-    conversation = model.chat("be")
-    list(conversation.send("hi"))
-    conversation.reset()
-    assert (conversation.messages, conversation.cached_tokens) == ([{"role": "system", "content": "be"}], 0)
-    assert session.sequences[0].closed
-    assert "".join(t.text for t in conversation.send("hi")) == "ok"
-
-
-def test_a_conversation_dropped_inside_a_turn_lives_until_its_answer_ends(folder: Path) -> None:
-    model, _ = echo(folder)
-    generation = model.chat().send("hi")
-    watch = weakref.ref(generation)
-    assert "".join(t.text for t in generation) == "ok"
-    del generation
-    assert watch() is None
-
-
-# ---- closing ----
-
-
-def test_a_closed_model_refuses_everything(folder: Path) -> None:
-    model, session = echo(folder)
-    running, conversation = model.generate("a:"), model.chat()
-    next(running)
-    list(conversation.send("hi"))
-    model.close()
-    model.close()
-    assert all(sequence.closed for sequence in session.sequences)
-    assert list(running) == []
-    for call in (lambda: model.generate([1]), model.chat, lambda: conversation.send("hi")):
-        with pytest.raises(ClosedError):
-            call()
 
 
 def test_generations_of_one_model_do_not_disturb_each_other() -> None:

@@ -12,6 +12,7 @@ from models import Tiny, tiny_folder, tiny_model, write_folder
 from onnx import TensorProto, helper, numpy_helper
 
 from inferos.errors import ModelError, UnsupportedError
+from inferos.kv import library_path
 from inferos.runtime import rewrite as module
 from inferos.runtime.layout import read_layout
 from inferos.runtime.rewrite import rewrite, rewrite_model
@@ -25,7 +26,7 @@ def names(values: object) -> list[str]:
 
 def test_past_present_and_mask_leave_the_graph() -> None:
     model = rewrite_model(tiny_model(Tiny()))
-    assert names(model.graph.input) == ["input_ids", *LENGTHS, "inferos_handle"]
+    assert names(model.graph.input) == ["input_ids", "inferos_handle", *LENGTHS]
     assert names(model.graph.output) == ["logits"]
     assert {"ReduceSum", "Sub", "Shape", "Cast"}.isdisjoint(node.op_type for node in model.graph.node)
     assert {"one", "axis1"}.isdisjoint(names(model.graph.initializer))
@@ -95,9 +96,28 @@ def test_the_source_is_not_changed_and_the_result_says_what_it_is() -> None:
     }  # fmt: skip
 
 
-def test_a_rewritten_model_is_returned_unchanged() -> None:
-    model = rewrite_model(tiny_model(Tiny()))
-    assert rewrite_model(model) is model
+@pytest.mark.parametrize("scalar_lengths", [False, True])
+def test_a_rewritten_model_is_returned_unchanged(scalar_lengths: bool) -> None:
+    model = rewrite_model(tiny_model(Tiny()), scalar_lengths=scalar_lengths)
+    assert rewrite_model(model, scalar_lengths=scalar_lengths) is model
+
+
+def test_a_host_keeps_its_mask_and_gives_one_more_input() -> None:
+    model = rewrite_model(tiny_model(Tiny(position_ids=True)), scalar_lengths=False)
+    assert names(model.graph.input) == ["input_ids", "attention_mask", "position_ids", "inferos_handle"]
+    assert names(model.graph.output) == ["logits"]
+    ours = [node for node in model.graph.node if node.domain == "inferos"]
+    assert {tuple(node.input[3:5]) for node in ours} == {("seqlens_k", "total")}
+
+
+def test_the_mask_can_go_later() -> None:
+    with_mask = rewrite_model(tiny_model(Tiny()), scalar_lengths=False)
+    assert rewrite_model(with_mask) == rewrite_model(tiny_model(Tiny()))
+
+
+def test_a_folder_keeps_the_mask(tmp_path: Path) -> None:
+    report = rewrite(tiny_folder(tmp_path / "model", Tiny()))
+    assert read_layout(report.folder).attention_mask == "attention_mask"
 
 
 def test_layers_with_different_lengths_are_refused_by_name() -> None:
@@ -123,12 +143,15 @@ def test_rewrite_writes_a_folder_that_reads_back(tmp_path: Path) -> None:
     assert report.changed
     assert report.folder == tmp_path / "model-inferos"
     assert report.copied == ("genai_config.json", "tokenizer.json")
+    assert report.linked == (library_path().name,)
+    config = json.loads((report.folder / "genai_config.json").read_text())
+    assert config["model"]["decoder"]["session_options"] == {"custom_ops_library": library_path().name}
     layout = read_layout(report.folder)
     assert layout.rewritten
     assert layout.dtype == "float16"
     assert [layer.local_window for layer in layout.layers] == [4, 4, 4]
     assert sorted(path.name for path in report.folder.iterdir()) == [
-        "genai_config.json", "inferos_rewrite.json", "model.onnx", "tokenizer.json",
+        "genai_config.json", "inferos_rewrite.json", library_path().name, "model.onnx", "tokenizer.json",
     ]  # fmt: skip
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
@@ -154,7 +177,7 @@ def test_a_rewritten_folder_is_its_own_result(tmp_path: Path) -> None:
 def test_external_data_is_linked_not_copied(tmp_path: Path) -> None:
     source = tiny_folder(tmp_path / "model", Tiny(), external=True)
     report = rewrite(source)
-    assert report.linked == ("model.onnx.data",)
+    assert report.linked == ("model.onnx.data", library_path().name)
     assert os.path.samefile(source / "model.onnx.data", report.folder / "model.onnx.data")
 
 
@@ -165,7 +188,7 @@ def test_external_data_is_copied_where_it_cannot_be_linked(tmp_path: Path, monke
     monkeypatch.setattr(module.os, "link", refuse)
     source = tiny_folder(tmp_path / "model", Tiny(), external=True)
     report = rewrite(source)
-    assert report.linked == ()
+    assert report.linked == (library_path().name,)
     assert "model.onnx.data" in report.copied
     assert (report.folder / "model.onnx.data").read_bytes() == (source / "model.onnx.data").read_bytes()
 
@@ -199,10 +222,17 @@ def test_a_rewrite_that_fails_half_way_leaves_the_old_folder(tmp_path: Path, mon
         raise OSError("the disk is full")
 
     monkeypatch.setattr(module.shutil, "copyfile", fail)
-    with pytest.raises(OSError, match="full"):
+    with pytest.raises(ModelError, match="full"):
         rewrite(source)
     assert (first.folder / "model.onnx").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model-inferos"]
+
+
+def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    source = tiny_folder(tmp_path / "model", Tiny())
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ModelError, match="cannot write"):
+        rewrite(source, tmp_path / "file" / "model")
 
 
 def test_a_rewritten_graph_of_another_version_is_refused(tmp_path: Path) -> None:

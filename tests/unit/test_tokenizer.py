@@ -46,7 +46,7 @@ def byte_fallback() -> tokenizers.Tokenizer:
         models.BPE(
             {p: i for i, p in enumerate(pieces)},
             [("▁", "t"), ("▁t", "o")],
-            unk_token="<unk>",  # noqa: S106 - a token, but no secret
+            unk_token="<unk>",
             byte_fallback=True,
             fuse_unk=True,
         )
@@ -65,7 +65,7 @@ def metaspace() -> tokenizers.Tokenizer:
         models.BPE(
             {p: i for i, p in enumerate(pieces)},
             [("▁", "a"), ("▁", "b")],
-            unk_token="<unk>",  # noqa: S106
+            unk_token="<unk>",
         )
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()

@@ -105,11 +105,10 @@ void decode_block(const DecodeTask& task, const BlockView& block, std::size_t g,
   if (range.lo >= range.hi) return;
 
   float p[kT];
-  const Step step = softmax_step(s, p, task.m[g], task.l[g]);
-  if (step.skip) return;
+  const float alpha = softmax_step(s, p, task.m[g], task.l[g]);
   float* o = task.o + g * task.d;
-  if (f16) f16_values(task, block, p, range, step.alpha, o);
-  else packed_values(task, block, p, step.alpha, o);
+  if (f16) f16_values(task, block, p, range, alpha, o);
+  else packed_values(task, block, p, alpha, o);
 }
 
 }  // namespace

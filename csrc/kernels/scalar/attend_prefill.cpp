@@ -51,11 +51,10 @@ void prefill_row(const PrefillTile& tile, std::size_t row) noexcept {
   mask_logits(s, range, tile.softcap);
 
   float p[kT];
-  const Step step = softmax_step(s, p, tile.m[row], tile.l[row]);
-  if (step.skip) return;
+  const float alpha = softmax_step(s, p, tile.m[row], tile.l[row]);
   float* o = tile.o + row * tile.d;
   for (std::size_t c = 0; c < tile.d; ++c) {
-    float sum = o[c] * step.alpha;
+    float sum = o[c] * alpha;
     for (std::size_t t = tile.begin; t < tile.end; ++t) sum = std::fma(p[t], tile.v[t * tile.d + c], sum);
     o[c] = sum;
   }

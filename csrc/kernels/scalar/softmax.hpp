@@ -27,26 +27,21 @@ inline void mask_logits(float (&s)[kBlockTokens], TokenRange range, float softca
   }
 }
 
-struct Step {
-  bool skip;    // nothing visible: m, l and o stay
-  float alpha;  // what o is multiplied by
-};
-
-// Masked logits s -> probabilities p relative to the new maximum; m and l updated.
-inline Step softmax_step(const float (&s)[kBlockTokens], float (&p)[kBlockTokens], float& m, float& l) noexcept {
+// Masked logits s -> probabilities p relative to the new maximum; m and l updated. Returns alpha, which o is to be multiplied by.
+inline float softmax_step(const float (&s)[kBlockTokens], float (&p)[kBlockTokens], float& m, float& l) noexcept {
   float top = m;
   for (const float x : s) top = x > top ? x : top;
   top += 0.0F;  // one zero, not two
-  if (top == kMinusInfinity) return {true, 1.0F};
-  const float alpha = exp_nonpositive(m - top);
+  const float base = top == kMinusInfinity ? 0.0F : top;
+  const float alpha = exp_nonpositive(m - base);
   float lanes[kLanes] = {};
   for (std::size_t t = 0; t < kBlockTokens; ++t) {
-    p[t] = exp_nonpositive(s[t] - top);
+    p[t] = exp_nonpositive(s[t] - base);
     lanes[t % kLanes] += p[t];
   }
   m = top;
   l = std::fma(l, alpha, reduce16(lanes));
-  return {false, alpha};
+  return alpha;
 }
 
 }  // namespace inferos::kernels::scalar
