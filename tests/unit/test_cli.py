@@ -21,7 +21,7 @@ from inferos.cli._report import Report
 from inferos.errors import BudgetError, ConfigError, ProviderError
 from inferos.runtime import reference
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(inferos.__file__).parents[1]  # where the package under test lies, installed or not
 FORMATS = ["off", "f16", "int8", "k8v4", "int4"]
 ROW = {
     "kv": str,
