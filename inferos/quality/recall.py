@@ -23,10 +23,11 @@ from inferos.quality._documents import TASKS, Document, Filler, WordFiller, make
 from inferos.runtime.protocols import DecoderSession, Ids
 
 __all__ = [
-    "TASKS",
     "Document",
+    "Encoding",
     "Prompt",
     "Recall",
+    "TASKS",
     "TextEncoder",
     "WordFiller",
     "default_filler",

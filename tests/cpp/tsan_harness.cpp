@@ -113,8 +113,9 @@ class Harness {
     } else if (kind < 92) {
       rewind(handle, random);
     } else if (kind < 95) {
-      Lease source(handle);
-      replace(random() % kSequences, open_sequence(source->fork()));
+      // The lease ends before anything is closed: closing waits for leases, its own thread's too.
+      const Handle copy = open_sequence(Lease(handle)->fork());
+      replace(random() % kSequences, copy);
     } else if (kind < 97) {
       replace(which, open(which));
     } else if (kind < 99) {
