@@ -274,7 +274,6 @@ py::tuple unpack_block(const std::string& format_name, const Array<std::uint8_t>
 void add_kernels(py::module_& core) {
   py::module_ m = core.def_submodule(
       "kernels", "Quantisers, conversions and the rotation of every ISA; \"\" names the active one.");
-  (void)active_isa();  // an INFEROS_ISA that cannot run here is an ImportError, not a surprise in the first kernel
   m.def("active_isa", [] { return std::string(isa_name(active_isa())); }, "The ISA in use");
   m.def(
       "runnable_isas",

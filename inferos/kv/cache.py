@@ -205,7 +205,7 @@ class KVCache:
                 recent_window,
                 sink_tokens,
                 max_tokens,
-                self.arena._native,  # noqa: SLF001 - two classes of one file
+                self.arena._native,  # noqa: SLF001 - both classes are of this module
                 (*thresholds, gamma) if kv == "auto" else None,
             )
         )

@@ -24,6 +24,7 @@ from inferos.runtime.protocols import DecoderSession, Ids
 
 __all__ = [
     "Document",
+    "Encoding",
     "Prompt",
     "Recall",
     "TASKS",

@@ -156,7 +156,7 @@ class Model:
 
 
 def half_steps(kv: str, data: np.ndarray) -> np.ndarray:
-    """Bound (2, 1 or head_dim) on the error that packing data (tokens, 2, head_dim) adds: K per value, V as a token's norm.
+    """Bound (2, 1 or head_dim) on what packing data (tokens, 2, head_dim) adds: K per value, V as a token's norm.
 
     The source of a second packing is itself off by the first one's error; ranges grow by no more than a tenth here.
     """

@@ -506,7 +506,7 @@ def test_a_closed_handle_is_refused_and_closing_twice_is_not():
     for call in (lambda: cache.length, lambda: cache.begin(1), cache.fork, cache.abandon, cache.stats):
         with pytest.raises(errors.ClosedError, match=str(cache.handle)):
             call()
-    # The new cache may take the slot over: the old handle stays refused.
+    # The new sequence may take the slot over: the old handle stays refused.
     with KVCache(SMALL), pytest.raises(errors.ClosedError):
         cache.begin(1)
     assert used(cache.arena) == 0
