@@ -79,8 +79,8 @@ class LayerScores {
   std::vector<Demotion> next_demotions(const LayerStore& store, std::int64_t length);
   void demoted(std::int64_t length) noexcept;  // those of next_demotions are done
 
-  // Below 0 where nothing was measured yet.
-  double score(const Grid& grid, std::size_t head, std::size_t index) const noexcept;
+  double score(const Grid& grid, std::size_t head,
+               std::size_t index) const noexcept;  // < 0 where nothing was measured yet
   std::size_t bytes() const noexcept { return records_.size() * ScoreRecord::kBytes; }
 
  private:

@@ -47,11 +47,12 @@ class SequenceCache {
   SequenceCache& operator=(const SequenceCache&) = delete;
 
   const CacheOptions& options() const noexcept;
-  std::int64_t length() const noexcept;     // committed tokens
-  std::int64_t pending() const noexcept;    // tokens of the open step, 0 = none
-  std::int64_t kept_from() const noexcept;  // first position that every layer still holds (sliding windows lose it)
-  // Shortest length but 0 whose next token still sees all that its layers show it.
-  std::int64_t rewind_floor() const noexcept;
+  std::int64_t length() const noexcept;   // committed tokens
+  std::int64_t pending() const noexcept;  // tokens of the open step, 0 = none
+  std::int64_t kept_from()
+      const noexcept;  // first position that every layer still holds (sliding windows lose the past)
+  std::int64_t rewind_floor()
+      const noexcept;  // shortest length but 0 whose next token still sees all that its layers show it
 
   // For the op: the first call of a step begins it, later layers join. `past` says what the host believes is cached:
   //   past == length()                          a new step; an open one, whole or not, is dropped

@@ -16,7 +16,7 @@ SPEC = LayerSpec(2, 32)
 
 
 def together(count: int, work: Callable[[int], object]) -> list[object]:
-    """work(0..count-1), each in a thread of its own, all started at once; what they returned. Their errors are raised here."""
+    """work(0..count-1), each in its own thread, all started at once; what they returned. Raises what they raise."""
     results: list[object] = [None] * count
     failures: list[BaseException] = []
     start = threading.Barrier(count)
