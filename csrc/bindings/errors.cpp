@@ -41,14 +41,15 @@ void add_errors(py::module_& /*m*/) {
   const py::module_ errors = py::module_::import("inferos.errors");
   for (std::size_t i = 0; i < kMappings.size(); ++i)
     classes()[i] = py::object(errors.attr(kMappings[i].name)).release();
-  py::register_local_exception_translator([](std::exception_ptr thrown) {
-    try {
-      if (thrown) std::rethrow_exception(thrown);
-    } catch (const Error& error) {
-      const py::object object = error_object(error);
-      PyErr_SetObject(py::type::handle_of(object).ptr(), object.ptr());
-    }
-  });
+  py::register_local_exception_translator(
+      [](std::exception_ptr thrown) {  // NOLINT(performance-unnecessary-value-param): its signature
+        try {
+          if (thrown) std::rethrow_exception(thrown);
+        } catch (const Error& error) {
+          const py::object object = error_object(error);
+          PyErr_SetObject(py::type::handle_of(object).ptr(), object.ptr());
+        }
+      });
 }
 
 }  // namespace inferos::bindings

@@ -174,8 +174,11 @@ std::byte* Arena::allocate(std::size_t bytes, ArenaTag tag) {
   const std::size_t size = checked_add(std::max<std::size_t>(bytes, 1), kAlign - 1) / kAlign * kAlign;
   State& state = *state_;
   const std::scoped_lock lock(state.mutex);
-  if (state.fail_countdown != 0 && --state.fail_countdown == 0) {
-    throw Error(ErrorCode::kBudget, state.refusal(size, tag) + " (refused by fail_after)");
+  if (state.fail_countdown != 0) {
+    state.fail_countdown -= 1;
+    if (state.fail_countdown == 0) {
+      throw Error(ErrorCode::kBudget, state.refusal(size, tag) + " (refused by fail_after)");
+    }
   }
   SizeClass& size_class = state.classes[size];
   Slab* slab = state.slab_with_room(size_class, size, tag);

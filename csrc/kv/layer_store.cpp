@@ -220,7 +220,7 @@ void LayerStore::count(TierBytes& total) const noexcept {
     for (std::size_t f = 0; f < kernels::kFormats; ++f) {
       for (const BlockView& view : streams_[h].by_format[f]) {
         total.tokens[f] += view.end;
-        total.elements += view.end * 2 * shape_.head_dim;
+        total.elements += 2 * shape_.head_dim * view.end;
       }
     }
   }

@@ -31,7 +31,7 @@ using namespace inferos::kv;  // NOLINT(google-build-using-namespace)
 constexpr std::size_t kSequences = 6;
 constexpr std::size_t kDim = 16;
 constexpr std::size_t kHeads = 2;  // kv heads of every layer
-constexpr std::int64_t kLongest = 420;
+constexpr std::int64_t kLongest = 220;
 constexpr std::size_t kArenaBytes = std::size_t{4} << 20;
 
 // A multiple of 1/8 in -2..2: exact in fp16.
@@ -48,6 +48,7 @@ class Harness {
 
   bool run(std::size_t threads) {
     std::vector<std::thread> workers;
+    workers.reserve(threads);
     for (std::size_t t = 0; t < threads; ++t) workers.emplace_back([this, t] { work(seed_ * 1000 + t); });
     for (std::thread& worker : workers) worker.join();
     for (auto& handle : handles_) close_sequence(handle.load());
@@ -142,7 +143,7 @@ class Harness {
   }
 
   static std::int64_t tokens_of(std::mt19937_64& random) {
-    return random() % 8 == 0 ? static_cast<std::int64_t>(random() % 140 + 1)
+    return random() % 16 == 0 ? static_cast<std::int64_t>(random() % 90 + 1)
                              : static_cast<std::int64_t>(random() % 3 + 1);
   }
 
