@@ -281,6 +281,13 @@ def test_a_budget_that_is_too_small_stops_before_any_change(tmp_path: Path) -> N
     assert sequence.feed(STEPS[:1]).shape == (TINY.vocab,)
 
 
+def test_a_budget_too_small_for_one_block_is_refused_at_the_first_step(tmp_path: Path) -> None:
+    sequence = open_tiny(tmp_path, TINY.but(head_dim=256), "int8", budget_bytes=64 << 10).sequence()
+    with pytest.raises(BudgetError, match="budget"):
+        sequence.feed(STEPS[:1])
+    assert (sequence.length, sequence.kv_bytes) == (0, 0)
+
+
 def test_an_error_left_behind_by_another_host_is_not_blamed_on_a_run(tmp_path: Path) -> None:
     session = open_tiny(tmp_path, TINY.but(tripwire=1), "f16")
     sequence = session.sequence()
