@@ -12,9 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "kernels"))
 
-import accuracy_cases as accuracy  # noqa: E402 - the path comes first
+import accuracy_cases as accuracy
 
-from inferos.kv import kernels  # noqa: E402
+from inferos.kv import kernels
 
 
 def rows() -> list[dict[str, object]]:
@@ -40,7 +40,7 @@ def main() -> None:
     arguments = parser.parse_args()
     table = rows()
     for row in table:
-        print(f"{row['case']:34} head_dim {row['head_dim']:3} gqa {row['gqa']} {row['kv']:5} {row['error']:.3e}")  # noqa: T201
+        print(f"{row['case']:34} head_dim {row['head_dim']:3} gqa {row['gqa']} {row['kv']:5} {row['error']:.3e}")
     if arguments.json is not None:
         record = {
             "schema": "inferos.accuracy/1",

@@ -2,8 +2,8 @@
 
     python benchmarks/memory.py --context 32768 --layers 8 --kv-heads 8 --head-dim 128 --json -
 
-Fills a cache through the public API in prefill chunks with random K and V, then compares the growth of the process's resident set
-with the arena's accounting. Baseline for ratios: FP16 K and V of the same tokens.
+Fills a cache through the public API in prefill chunks with random K and V, then compares the growth of the process's
+resident set with the arena's accounting. Baseline for ratios: FP16 K and V of the same tokens.
 """
 
 from __future__ import annotations

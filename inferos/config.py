@@ -43,6 +43,7 @@ __all__ = [
     "StartingPoint",
     "TelemetryPolicy",
     "Thresholds",
+    "block_format",
     "check_kv",
     "kv_changes",
     "load_policy",
@@ -67,7 +68,7 @@ class Thresholds:
     def fixed_format(self, l2_format: str) -> str | None:
         """The one format these thresholds mean for every packed block, or None where importance decides."""
         if self == Thresholds(1, 1, 0):
-            return "k8v4" if l2_format == "k8v4" else "int4"
+            return block_format(l2_format)
         if self == Thresholds(1, 0, 0):
             return "int8"
         return "f16" if self == Thresholds(0, 0, 0) else None
@@ -259,7 +260,10 @@ class TelemetryPolicy(_Section):
 
 @dataclass(frozen=True, slots=True)
 class ResolvedPolicy:
-    """A policy's effective values after its mode, preset and own keys were put together."""
+    """A policy's effective values after its mode, preset and own keys were put together.
+
+    `l2_format` is the cache's own name of what L2 holds: k8v4 or int4.
+    """
 
     thresholds: Thresholds
     recent_window: int
@@ -332,11 +336,16 @@ class Policy(_Section):
             thresholds=self.kv.thresholds(),
             recent_window=self.kv.recent_window if window is None else window,
             sink_tokens=self.kv.sink_tokens,
-            l2_format=self.kv.l2_format,
+            l2_format=block_format(self.kv.l2_format),
             max_delta_ppl=self.quality.max_delta_ppl if bound is None else bound,
             scheduler_mode=scheduler or self.scheduler.mode,
             decode_device=decode or self.scheduler.decode_device,
         )
+
+
+def block_format(l2_format: str) -> str:
+    """The cache's name of a policy's `l2_format`: int4 for k4v4; k8v4 for itself, and for auto as the safer start."""
+    return "int4" if l2_format in ("k4v4", "int4") else "k8v4"
 
 
 def check_kv(word: object) -> str:

@@ -15,8 +15,8 @@ namespace {
 Shape shape_of(const Row& row, const Params& params) {
   const std::vector<kv::LayerShape>& layers = row.cache->options().layers;
   if (params.layer >= layers.size()) {
-    throw Error(ErrorCode::kShape, "attention: layer " + std::to_string(params.layer) + " of a cache of " +
-                                       std::to_string(layers.size()));
+    throw Error(ErrorCode::kShape,
+                "attention: layer " + std::to_string(params.layer) + " of a cache of " + std::to_string(layers.size()));
   }
   const kv::LayerShape& layer = layers[params.layer];
   if (params.heads == 0 || params.heads % layer.kv_heads != 0) {
@@ -24,8 +24,8 @@ Shape shape_of(const Row& row, const Params& params) {
                                        std::to_string(layer.kv_heads) + " kv heads");
   }
   const float scale = params.scale == 0.0F ? 1.0F / std::sqrt(static_cast<float>(layer.head_dim)) : params.scale;
-  return {params.heads, layer.kv_heads, params.heads / layer.kv_heads, layer.head_dim,
-          scale,        params.softcap, layer.local_window};
+  return {params.heads,   layer.kv_heads,    params.heads / layer.kv_heads, layer.head_dim, scale,
+          params.softcap, layer.local_window};
 }
 
 RowPlan plan_of(const Row& row, const Shape& shape, std::size_t layer) {
@@ -46,9 +46,8 @@ std::span<const kernels::BlockView> blocks_within(std::span<const kernels::Block
   const auto first = std::partition_point(blocks.begin(), blocks.end(), [&](const kernels::BlockView& block) {
     return block.start + block.end <= range.first;
   });
-  const auto last = std::partition_point(first, blocks.end(), [&](const kernels::BlockView& block) {
-    return block.start + block.begin <= range.last;
-  });
+  const auto last = std::partition_point(
+      first, blocks.end(), [&](const kernels::BlockView& block) { return block.start + block.begin <= range.last; });
   return {first, last};
 }
 

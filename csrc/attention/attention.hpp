@@ -10,11 +10,11 @@
 
 namespace inferos::attention {
 
-struct Row {                        // one sequence of the batch
+struct Row {  // one sequence of the batch
   const kv::SequenceCache* cache;
-  const float* q;                   // [tokens][heads][head_dim], rotated
-  float* out;                       // [tokens][heads][head_dim]
-  std::size_t tokens;               // the newest tokens of the sequence; query i sits at visible_length - tokens + i
+  const float* q;      // [tokens][heads][head_dim], rotated
+  float* out;          // [tokens][heads][head_dim]
+  std::size_t tokens;  // the newest tokens of the sequence; query i sits at visible_length - tokens + i
   // nullptr, or [kv_heads][visible_length]: the probability each token received, mean over the query heads of its kv head;
   // for many tokens the mean over the last min(tokens, 64) queries. Positions that are not held get 0. Row 0..: kv head major.
   float* mass;
@@ -22,9 +22,9 @@ struct Row {                        // one sequence of the batch
 
 struct Params {
   std::size_t layer;
-  std::size_t heads;                // a multiple of the layer's kv_heads
-  float scale;                      // 0 = 1/sqrt(head_dim)
-  float softcap;                    // 0 = none
+  std::size_t heads;  // a multiple of the layer's kv_heads
+  float scale;        // 0 = 1/sqrt(head_dim)
+  float softcap;      // 0 = none
 };
 
 // Decode work is split over (row x kv head x context span), prefill over (row x kv head x query tile); spans are merged by

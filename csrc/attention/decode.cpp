@@ -29,9 +29,9 @@ struct Job {  // one kv head of one row
   std::array<std::span<const BlockView>, kVisitOrder.size()> lists;  // in visit order
   std::size_t blocks;
   std::size_t spans;
-  float* partials;     // [spans][partial_floats]
-  float* logits;       // nullptr, or [blocks][group][64]
-  float* mass;         // nullptr, or [length]
+  float* partials;  // [spans][partial_floats]
+  float* logits;    // nullptr, or [blocks][group][64]
+  float* mass;      // nullptr, or [length]
   std::int32_t length;
   float mass_weight;
 };
@@ -62,7 +62,8 @@ Job plan_job(const RowPlan& row, const Shape& shape, std::size_t head, std::size
     job.lists[i] = blocks_within(list, job.visible);
     job.blocks += job.lists[i].size();
   }
-  job.spans = std::clamp<std::size_t>(std::min(kSpansPerRow / shape.kv_heads, job.blocks / kSpanBlocks), 1, kSpansPerRow);
+  job.spans =
+      std::clamp<std::size_t>(std::min(kSpansPerRow / shape.kv_heads, job.blocks / kSpanBlocks), 1, kSpansPerRow);
   job.length = row.length;
   return job;
 }
@@ -86,9 +87,20 @@ void run_span(const Job& job, const Shape& shape, std::size_t span) noexcept {
       rotated = false;
     }
     if (from < to) {
-      const kernels::DecodeTask task{job.q, shape.group, shape.d, shape.scale, shape.softcap, job.visible, kVisitOrder[i],
-                                     job.lists[i].data() + (from - list_begin), to - from, partial.o, partial.m, partial.l,
-                                     job.logits == nullptr ? nullptr : job.logits + from * shape.group * kBlockTokens};
+      float* const logits = job.logits == nullptr ? nullptr : job.logits + from * shape.group * kBlockTokens;
+      const kernels::DecodeTask task{.q = job.q,
+                                     .group = shape.group,
+                                     .d = shape.d,
+                                     .scale = shape.scale,
+                                     .softcap = shape.softcap,
+                                     .visible = job.visible,
+                                     .format = kVisitOrder[i],
+                                     .blocks = job.lists[i].data() + (from - list_begin),
+                                     .count = to - from,
+                                     .o = partial.o,
+                                     .m = partial.m,
+                                     .l = partial.l,
+                                     .logits = logits};
       kernels::attend().decode(task);
       rotated = kernels::v_is_rotated(kVisitOrder[i]);
     }
@@ -168,7 +180,8 @@ void decode_rows(std::span<const RowPlan> rows, const Shape& shape, Executor& ex
   }
   Floats partials;
   std::vector<float> logits(logit_floats);
-  Call call{shape, std::move(jobs), std::move(tasks), std::vector<std::atomic<std::size_t>>(rows.size() * shape.kv_heads)};
+  Call call{shape, std::move(jobs), std::move(tasks),
+            std::vector<std::atomic<std::size_t>>(rows.size() * shape.kv_heads)};
   float* next_partial = partials.at_least(call.tasks.size() * partial_floats(shape));
   float* next_logits = logits.data();
   for (std::size_t j = 0; j < call.jobs.size(); ++j) {

@@ -33,12 +33,10 @@ struct RowPlan {
   const float* q;                            // [tokens][heads][d]
   float* out;                                // [tokens][heads][d]
   std::size_t tokens;
-  std::int32_t length;                       // visible positions: the newest is length - 1
-  float* mass;                               // nullptr, or [kv_heads][length]
+  std::int32_t length;  // visible positions: the newest is length - 1
+  float* mass;          // nullptr, or [kv_heads][length]
 
-  std::int32_t position(std::size_t token) const noexcept {
-    return length - static_cast<std::int32_t>(tokens - token);
-  }
+  std::int32_t position(std::size_t token) const noexcept { return length - static_cast<std::int32_t>(tokens - token); }
 };
 
 inline kernels::Visible visible_at(std::int32_t position, std::int32_t local_window) noexcept {
@@ -47,7 +45,8 @@ inline kernels::Visible visible_at(std::int32_t position, std::int32_t local_win
 }
 
 // The part of an ascending list that holds a token within the range.
-std::span<const kernels::BlockView> blocks_within(std::span<const kernels::BlockView> blocks, kernels::Visible range) noexcept;
+std::span<const kernels::BlockView> blocks_within(std::span<const kernels::BlockView> blocks,
+                                                  kernels::Visible range) noexcept;
 
 // One query head's result from its sums: o / l, zeros where it saw nothing, NaN where q is not finite.
 void finish_head(const float* q, float* o, float l, std::size_t d) noexcept;

@@ -25,7 +25,7 @@ std::size_t tile_tokens(const Shape& shape) noexcept {
 struct Tile {
   const RowPlan* row;
   std::size_t head;
-  std::size_t first;   // query tokens [first, last) of the row
+  std::size_t first;  // query tokens [first, last) of the row
   std::size_t last;
 };
 
@@ -61,7 +61,21 @@ Work lay_out(const Tile& tile, const Shape& shape, Scratch& scratch) {
   std::fill_n(o, rows * shape.d, 0.0F);
   std::fill_n(m, rows, -std::numeric_limits<float>::infinity());
   std::fill_n(l, rows, 0.0F);
-  return {{q, rows, shape.d, shape.scale, shape.softcap, k, k + block, 0, 0, 0, scratch.visible.data(), o, m, l}, k, k + block};
+  kernels::PrefillTile work{.q = q,
+                            .rows = rows,
+                            .d = shape.d,
+                            .scale = shape.scale,
+                            .softcap = shape.softcap,
+                            .k = k,
+                            .v = k + block,
+                            .start = 0,
+                            .begin = 0,
+                            .end = 0,
+                            .visible = scratch.visible.data(),
+                            .o = o,
+                            .m = m,
+                            .l = l};
+  return {work, k, k + block};
 }
 
 void run_tile(const Tile& tile, const Shape& shape) {
@@ -85,9 +99,11 @@ void run_tile(const Tile& tile, const Shape& shape) {
     }
   }
   const std::size_t width = shape.group * shape.d;
-  for (std::size_t i = 0; i < work.rows; ++i) finish_head(work.q + i * shape.d, work.o + i * shape.d, work.l[i], shape.d);
+  for (std::size_t i = 0; i < work.rows; ++i)
+    finish_head(work.q + i * shape.d, work.o + i * shape.d, work.l[i], shape.d);
   for (std::size_t token = tile.first; token < tile.last; ++token) {
-    std::copy_n(work.o + (token - tile.first) * width, width, tile.row->out + (token * shape.kv_heads + tile.head) * width);
+    std::copy_n(work.o + (token - tile.first) * width, width,
+                tile.row->out + (token * shape.kv_heads + tile.head) * width);
   }
 }
 

@@ -62,7 +62,8 @@ BlockView view(Format format, const BlockTuple& block, std::size_t d) {
   if (begin < 0 || begin > end || end > capacity) {
     refuse("block tokens: " + std::to_string(begin) + ".." + std::to_string(end) + " of " + std::to_string(capacity));
   }
-  if (start < 0 || start > std::numeric_limits<std::int32_t>::max() - 64) refuse("block start: " + std::to_string(start));
+  if (start < 0 || start > std::numeric_limits<std::int32_t>::max() - 64)
+    refuse("block start: " + std::to_string(start));
   const std::size_t bytes =
       f16 ? kernels::f16_block_bytes(d, static_cast<std::size_t>(capacity)) : kernels::block_bytes(format, d);
   expect(record, "block", {bytes});
@@ -80,12 +81,21 @@ void decode(const Attend& kernel, const Floats& q, int format, const std::vector
   expect(l, "l", {group});
   if (logits) expect(*logits, "logits", {blocks.size(), group, kBlockTokens});
   std::vector<BlockView> views;
+  views.reserve(blocks.size());
   for (const BlockTuple& block : blocks) views.push_back(view(checked_format(format), block, d));
-  const kernels::DecodeTask task{q.data(),     group,        d,
-                                 scale,        softcap,      {visible.first, visible.second},
-                                 checked_format(format), views.data(), views.size(),
-                                 o.mutable_data(), m.mutable_data(), l.mutable_data(),
-                                 logits ? logits->mutable_data() : nullptr};
+  const kernels::DecodeTask task{.q = q.data(),
+                                 .group = group,
+                                 .d = d,
+                                 .scale = scale,
+                                 .softcap = softcap,
+                                 .visible = {visible.first, visible.second},
+                                 .format = checked_format(format),
+                                 .blocks = views.data(),
+                                 .count = views.size(),
+                                 .o = o.mutable_data(),
+                                 .m = m.mutable_data(),
+                                 .l = l.mutable_data(),
+                                 .logits = logits ? logits->mutable_data() : nullptr};
   const py::gil_scoped_release unlocked;
   kernel.decode(task);
 }
@@ -104,8 +114,8 @@ std::pair<Floats, Floats> expand(const Attend& kernel, int format, const BlockTu
   return {k, v};
 }
 
-void prefill(const Attend& kernel, const Floats& q, const Floats& k, const Floats& v, std::int32_t start, int begin, int end,
-             const Ranges& visible, float scale, float softcap, Floats& o, Floats& m, Floats& l) {
+void prefill(const Attend& kernel, const Floats& q, const Floats& k, const Floats& v, std::int32_t start, int begin,
+             int end, const Ranges& visible, float scale, float softcap, Floats& o, Floats& m, Floats& l) {
   const std::size_t rows = rows_of(q, "q");
   const auto d = static_cast<std::size_t>(q.shape(1));
   expect(k, "k", {kBlockTokens / 16, d, 16});
@@ -114,16 +124,24 @@ void prefill(const Attend& kernel, const Floats& q, const Floats& k, const Float
   expect(o, "o", {rows, d});
   expect(m, "m", {rows});
   expect(l, "l", {rows});
-  if (begin < 0 || begin > end || end > static_cast<int>(kBlockTokens)) refuse("prefill: begin and end must be within 0..64");
+  if (begin < 0 || begin > end || end > static_cast<int>(kBlockTokens))
+    refuse("prefill: begin and end must be within 0..64");
   std::vector<kernels::Visible> ranges(rows);
   for (std::size_t i = 0; i < rows; ++i) ranges[i] = {visible.data()[2 * i], visible.data()[2 * i + 1]};
-  const kernels::PrefillTile tile{q.data(),       rows,
-                                  d,              scale,
-                                  softcap,        k.data(),
-                                  v.data(),       start,
-                                  static_cast<std::uint16_t>(begin), static_cast<std::uint16_t>(end),
-                                  ranges.data(),  o.mutable_data(),
-                                  m.mutable_data(), l.mutable_data()};
+  const kernels::PrefillTile tile{.q = q.data(),
+                                  .rows = rows,
+                                  .d = d,
+                                  .scale = scale,
+                                  .softcap = softcap,
+                                  .k = k.data(),
+                                  .v = v.data(),
+                                  .start = start,
+                                  .begin = static_cast<std::uint16_t>(begin),
+                                  .end = static_cast<std::uint16_t>(end),
+                                  .visible = ranges.data(),
+                                  .o = o.mutable_data(),
+                                  .m = m.mutable_data(),
+                                  .l = l.mutable_data()};
   const py::gil_scoped_release unlocked;
   kernel.prefill(tile);
 }
@@ -133,8 +151,8 @@ void prefill(const Attend& kernel, const Floats& q, const Floats& k, const Float
 void add_attend(py::module_& m) {
   py::class_<Attend>(m, "Attend", "Attention kernels of one ISA; csrc/kernels/attend.hpp fixes what they compute.")
       .def_property_readonly("isa", [](const Attend& kernel) { return isa_name(kernel.isa); })
-      .def("decode", &decode, py::arg("q").noconvert(), py::arg("format"), py::arg("blocks").noconvert(), py::arg("visible"),
-           py::arg("scale"), py::arg("softcap"), py::arg("o").noconvert(), py::arg("m").noconvert(),
+      .def("decode", &decode, py::arg("q").noconvert(), py::arg("format"), py::arg("blocks").noconvert(),
+           py::arg("visible"), py::arg("scale"), py::arg("softcap"), py::arg("o").noconvert(), py::arg("m").noconvert(),
            py::arg("l").noconvert(), py::arg("logits").noconvert() = py::none(),
            "One query token over blocks of one format; o, m and l are read and updated.")
       .def("expand", &expand, py::arg("format"), py::arg("block").noconvert(), py::arg("head_dim"),
@@ -143,11 +161,15 @@ void add_attend(py::module_& m) {
            py::arg("start"), py::arg("begin"), py::arg("end"), py::arg("visible").noconvert(), py::arg("scale"),
            py::arg("softcap"), py::arg("o").noconvert(), py::arg("m").noconvert(), py::arg("l").noconvert(),
            "Many query rows over one expanded block; o, m and l are read and updated.");
-  m.def("attend_runnable", [] {
-    py::list all;
-    for (const Attend& kernel : kernels::attend_runnable()) all.append(py::cast(&kernel, py::return_value_policy::reference));
-    return all;
-  }, "Attention kernels this CPU can run, scalar first.");
+  m.def(
+      "attend_runnable",
+      [] {
+        py::list all;
+        for (const Attend& kernel : kernels::attend_runnable())
+          all.append(py::cast(&kernel, py::return_value_policy::reference));
+        return all;
+      },
+      "Attention kernels this CPU can run, scalar first.");
 }
 
 }  // namespace inferos::bindings

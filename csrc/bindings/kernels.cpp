@@ -33,8 +33,8 @@ constexpr std::array<std::string_view, kernels::kFormats> kFormatNames{"f16", "i
 
 // The table called `isa`; "" is the active one.
 template <class Table>
-const Table& table_of(std::span<const Table> runnable, const Table& active, std::string_view isa) {
-  if (isa.empty()) return active;
+const Table& table_of(std::span<const Table> runnable, const Table& (*active)(), std::string_view isa) {
+  if (isa.empty()) return active();
   std::string known;
   for (const Table& table : runnable) {
     if (isa_name(table.isa) == isa) return table;
@@ -60,13 +60,14 @@ void require_shape(const char* function, const char* name, const py::array& arra
     if (!expected.empty()) expected += ", ";
     expected += std::to_string(n);
   }
-  throw Error(ErrorCode::kShape, std::string(function) + ": " + name + " has shape " + text(array) + ", wanted (" + expected + ")");
+  throw Error(ErrorCode::kShape,
+              std::string(function) + ": " + name + " has shape " + text(array) + ", wanted (" + expected + ")");
 }
 
 std::size_t require_head_dim(const char* function, std::int64_t d) {
   if (d >= 0 && kernels::valid_head_dim(static_cast<std::size_t>(d))) return static_cast<std::size_t>(d);
-  throw Error(ErrorCode::kShape,
-              std::string(function) + ": head_dim is " + std::to_string(d) + ", wanted a multiple of 16 within 16..256");
+  throw Error(ErrorCode::kShape, std::string(function) + ": head_dim is " + std::to_string(d) +
+                                     ", wanted a multiple of 16 within 16..256");
 }
 
 struct RowsShape {
@@ -75,7 +76,8 @@ struct RowsShape {
 
 RowsShape require_rows(const char* function, const char* name, const py::array& x) {
   if (x.ndim() != 2 || x.shape(0) < 1 || x.shape(0) > static_cast<py::ssize_t>(kBlockTokens)) {
-    throw Error(ErrorCode::kShape, std::string(function) + ": " + name + " has shape " + text(x) + ", wanted (1..64, head_dim)");
+    throw Error(ErrorCode::kShape,
+                std::string(function) + ": " + name + " has shape " + text(x) + ", wanted (1..64, head_dim)");
   }
   return {static_cast<std::size_t>(x.shape(0)), require_head_dim(function, x.shape(1))};
 }
@@ -110,7 +112,7 @@ constexpr Part kV4{"quantize_v4", "dequantize_v4", false, 4};
 
 template <class T>
 const QuantizeOf<T>& family(std::string_view isa) {
-  const kernels::Quantize& table = table_of(kernels::quantize_runnable(), kernels::quantize(), isa);
+  const kernels::Quantize& table = table_of(kernels::quantize_runnable(), kernels::quantize, isa);
   if constexpr (std::is_same_v<T, float>) {
     return table.f32;
   } else {
@@ -156,19 +158,22 @@ Array<T> dequantize_part(const Part& part, DequantizeMember<T, Code> member, con
 }
 
 template <class Code>
-void add_part(py::module_& m, const Part& part, QuantizeMember<float, Code> f32, QuantizeMember<std::uint16_t, Code> f16,
-              DequantizeMember<float, Code> un_f32, DequantizeMember<std::uint16_t, Code> un_f16) {
+void add_part(py::module_& m, const Part& part, QuantizeMember<float, Code> f32,
+              QuantizeMember<std::uint16_t, Code> f16, DequantizeMember<float, Code> un_f32,
+              DequantizeMember<std::uint16_t, Code> un_f16) {
   m.def(
       part.quantize,
       [&part, f32](const Array<float>& x, const std::string& isa) { return quantize_part(part, f32, x, isa); },
-      py::arg("x").noconvert(), py::arg("isa") = "", "(tokens, head_dim) float32 -> codes in block order, fp16 bits of scales (and minima)");
+      py::arg("x").noconvert(), py::arg("isa") = "",
+      "(tokens, head_dim) float32 -> codes in block order, fp16 bits of scales (and minima)");
   m.def(
       part.quantize,
       [&part, f16](const Array<std::uint16_t>& x, const std::string& isa) { return quantize_part(part, f16, x, isa); },
       py::arg("x").noconvert(), py::arg("isa") = "", "The same from fp16 bits in uint16");
   m.def(
       part.dequantize,
-      [&part, un_f32, un_f16](const Array<Code>& codes, const Array<std::uint16_t>& scales, bool half, const std::string& isa) -> py::array {
+      [&part, un_f32, un_f16](const Array<Code>& codes, const Array<std::uint16_t>& scales, bool half,
+                              const std::string& isa) -> py::array {
         if (half) return dequantize_part(part, un_f16, codes, scales, isa);
         return dequantize_part(part, un_f32, codes, scales, isa);
       },
@@ -188,18 +193,18 @@ Array<To> convert_all(const Array<From>& x, void (*run)(const From*, std::size_t
 }
 
 Array<std::uint16_t> f32_to_f16(const Array<float>& x, bool saturate, const std::string& isa) {
-  const kernels::Convert& table = table_of(kernels::convert_runnable(), kernels::convert(), isa);
+  const kernels::Convert& table = table_of(kernels::convert_runnable(), kernels::convert, isa);
   return convert_all(x, saturate ? table.f32_to_f16_saturate : table.f32_to_f16);
 }
 
 Array<float> f16_to_f32(const Array<std::uint16_t>& x, const std::string& isa) {
-  return convert_all(x, table_of(kernels::convert_runnable(), kernels::convert(), isa).f16_to_f32);
+  return convert_all(x, table_of(kernels::convert_runnable(), kernels::convert, isa).f16_to_f32);
 }
 
 Array<float> rotate(const Array<float>& x, const std::string& isa) {
   if (x.ndim() != 2) throw Error(ErrorCode::kShape, "rotate: x has shape " + text(x) + ", wanted (rows, head_dim)");
   const std::size_t d = require_head_dim("rotate", x.shape(1));
-  const auto run = table_of(kernels::hadamard_runnable(), kernels::hadamard(), isa).rotate;
+  const auto run = table_of(kernels::hadamard_runnable(), kernels::hadamard, isa).rotate;
   Array<float> y({x.shape(0), x.shape(1)});
   const auto rows = static_cast<std::size_t>(x.shape(0));
   const float* from = x.data();
@@ -243,7 +248,8 @@ Array<std::uint8_t> pack_block(const std::string& format_name, const Array<float
   return block;
 }
 
-py::tuple unpack_block(const std::string& format_name, const Array<std::uint8_t>& block, std::int64_t head_dim, std::int64_t tokens) {
+py::tuple unpack_block(const std::string& format_name, const Array<std::uint8_t>& block, std::int64_t head_dim,
+                       std::int64_t tokens) {
   const Format format = format_named(format_name);
   const std::size_t d = require_head_dim("unpack_block", head_dim);
   const std::size_t n = checked_range(tokens, 1, kBlockTokens, "unpack_block: tokens");
@@ -266,8 +272,8 @@ py::tuple unpack_block(const std::string& format_name, const Array<std::uint8_t>
 }  // namespace
 
 void add_kernels(py::module_& core) {
-  py::module_ m = core.def_submodule("kernels", "Quantisers, conversions and the rotation of every ISA; \"\" names the active one.");
-  (void)active_isa();  // an INFEROS_ISA that cannot run here is an ImportError, not a surprise in the first kernel
+  py::module_ m = core.def_submodule(
+      "kernels", "Quantisers, conversions and the rotation of every ISA; \"\" names the active one.");
   m.def("active_isa", [] { return std::string(isa_name(active_isa())); }, "The ISA in use");
   m.def(
       "runnable_isas",
@@ -286,11 +292,12 @@ void add_kernels(py::module_& core) {
   m.def("f32_to_f16", &f32_to_f16, py::arg("x").noconvert(), py::arg("saturate") = false, py::arg("isa") = "",
         "float32 -> fp16 bits in uint16, nearest even");
   m.def("f16_to_f32", &f16_to_f32, py::arg("x").noconvert(), py::arg("isa") = "", "fp16 bits in uint16 -> float32");
-  m.def("rotate", &rotate, py::arg("x").noconvert(), py::arg("isa") = "", "(rows, head_dim) float32, rotated by the Hadamard transform");
+  m.def("rotate", &rotate, py::arg("x").noconvert(), py::arg("isa") = "",
+        "(rows, head_dim) float32, rotated by the Hadamard transform");
   m.def("pack_block", &pack_block, py::arg("format"), py::arg("k").noconvert(), py::arg("v").noconvert(),
         "(tokens, head_dim) float32 keys and values -> the bytes of one block");
-  m.def("unpack_block", &unpack_block, py::arg("format"), py::arg("block").noconvert(), py::arg("head_dim"), py::arg("tokens"),
-        "The bytes of one block -> (tokens, head_dim) float32 keys and values");
+  m.def("unpack_block", &unpack_block, py::arg("format"), py::arg("block").noconvert(), py::arg("head_dim"),
+        py::arg("tokens"), "The bytes of one block -> (tokens, head_dim) float32 keys and values");
 }
 
 }  // namespace inferos::bindings

@@ -43,30 +43,30 @@
 
 namespace inferos::kernels {
 
-struct Visible {           // positions of the sequence that a query sees: [first, last]
+struct Visible {  // positions of the sequence that a query sees: [first, last]
   std::int32_t first;
   std::int32_t last;
 };
 
 struct DecodeTask {
-  const float* q;            // [group][D]
-  std::size_t group;         // query heads per kv head, 1..
-  std::size_t d;             // head_dim
-  float scale;               // on logits, for example 1/sqrt(D)
-  float softcap;             // 0 = none
+  const float* q;     // [group][D]
+  std::size_t group;  // query heads per kv head, 1..
+  std::size_t d;      // head_dim
+  float scale;        // on logits, for example 1/sqrt(D)
+  float softcap;      // 0 = none
   Visible visible;
-  Format format;             // of all blocks of the list
+  Format format;  // of all blocks of the list
   const BlockView* blocks;
   std::size_t count;
   // Partial results, read and updated: o[group][D], m[group] (-inf at the start), l[group] (0 at the start).
   float* o;
   float* m;
   float* l;
-  float* logits;             // nullptr, or [count][group][64]: the logits s, for the attention mass
+  float* logits;  // nullptr, or [count][group][64]: the logits s, for the attention mass
 };
 
 struct PrefillTile {
-  const float* q;            // [rows][D]
+  const float* q;  // [rows][D]
   std::size_t rows;
   std::size_t d;
   float scale;

@@ -24,7 +24,8 @@ struct TokenRange {  // tokens [lo, hi) of a block; empty where hi <= lo
 };
 
 // Widened before subtracting: a caller may say "everything" with the extremes of int32.
-static inline TokenRange visible_tokens(std::int32_t start, std::uint16_t begin, std::uint16_t end, Visible visible) noexcept {
+static inline TokenRange visible_tokens(std::int32_t start, std::uint16_t begin, std::uint16_t end,
+                                        Visible visible) noexcept {
   const std::int64_t first = std::int64_t{visible.first} - start;
   const std::int64_t past = std::int64_t{visible.last} + 1 - start;
   const std::int64_t lo = first > begin ? first : begin;
@@ -33,9 +34,9 @@ static inline TokenRange visible_tokens(std::int32_t start, std::uint16_t begin,
   return {static_cast<std::size_t>(lo), static_cast<std::size_t>(hi)};
 }
 
-#define INFEROS_DECLARE_ATTEND                                                                                 \
-  void attend_decode(const DecodeTask& task) noexcept;                                                         \
-  void attend_expand(Format format, const BlockView& block, std::size_t d, float* k, float* v) noexcept;       \
+#define INFEROS_DECLARE_ATTEND                                                                           \
+  void attend_decode(const DecodeTask& task) noexcept;                                                   \
+  void attend_expand(Format format, const BlockView& block, std::size_t d, float* k, float* v) noexcept; \
   void attend_prefill(const PrefillTile& tile) noexcept
 
 namespace scalar {

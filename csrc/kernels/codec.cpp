@@ -1,6 +1,5 @@
 #include "kernels/codec.hpp"
 
-
 #include "kernels/hadamard.hpp"
 #include "kernels/quantize.hpp"
 
@@ -18,7 +17,8 @@ const T* at(const std::byte* block, std::size_t offset) noexcept {
   return reinterpret_cast<const T*>(block + offset);
 }
 
-void f16_to_rows(const std::byte* block, std::size_t d, std::size_t capacity, std::size_t tokens, BlockRows& rows) noexcept {
+void f16_to_rows(const std::byte* block, std::size_t d, std::size_t capacity, std::size_t tokens,
+                 BlockRows& rows) noexcept {
   const auto* k = at<std::uint16_t>(block, 0);
   const auto* v = at<std::uint16_t>(block, capacity * d * 2);
   const Convert& kernels = convert();

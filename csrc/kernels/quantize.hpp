@@ -56,7 +56,7 @@ struct Convert {
 };
 
 std::span<const Quantize> quantize_runnable();  // scalar first; only what this CPU can run
-const Quantize& quantize();                     // of active_isa()
+const Quantize& quantize();                     // of active_isa(), and throws as it does: ask for that first
 std::span<const Convert> convert_runnable();
 const Convert& convert();
 

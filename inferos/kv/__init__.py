@@ -3,4 +3,4 @@
 from inferos.kv import kernels
 from inferos.kv.cache import KV_FORMATS, Arena, ArenaStats, KVCache, KVStats, LayerSpec, library_path
 
-__all__ = ["KV_FORMATS", "Arena", "ArenaStats", "KVCache", "KVStats", "LayerSpec", "kernels", "library_path"]
+__all__ = ["Arena", "ArenaStats", "KVCache", "KVStats", "KV_FORMATS", "LayerSpec", "kernels", "library_path"]

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from inferos import _core
 from inferos.errors import ConfigError, InferosError
 
-__all__ = ["KV_FORMATS", "Arena", "ArenaStats", "KVCache", "KVStats", "LayerSpec", "library_path"]
+__all__ = ["Arena", "ArenaStats", "KVCache", "KVStats", "KV_FORMATS", "LayerSpec", "library_path"]
 
 KV_FORMATS = ("f16", "int8", "k8v4", "int4", "auto")
 _DEFAULT_MAX_TOKENS = 1 << 30
@@ -205,7 +205,7 @@ class KVCache:
                 recent_window,
                 sink_tokens,
                 max_tokens,
-                self.arena._native,
+                self.arena._native,  # noqa: SLF001 - both classes are of this module
                 (*thresholds, gamma) if kv == "auto" else None,
             )
         )

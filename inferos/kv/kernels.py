@@ -41,6 +41,9 @@ _Float16: TypeAlias = npt.NDArray[np.float16]
 _Rows: TypeAlias = _Float32 | _Float16
 
 _native = _core.kernels
+# An INFEROS_ISA that cannot run here is a ConfigError now: where kernels are used, nothing may throw.
+_native.active_isa()
+
 _BLOCK_TOKENS = 64
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "Filler",
     "Prompt",
     "Recall",
+    "TASKS",
     "TextEncoder",
     "WordFiller",
     "default_filler",

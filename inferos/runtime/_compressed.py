@@ -16,6 +16,7 @@ from inferos.errors import BusyError, ClosedError, InferosError, ProviderError, 
 from inferos.kv import Arena, KVCache, LayerSpec
 from inferos.runtime._graph import load_graph
 from inferos.runtime._ort import ORT_ERRORS, check_ids, chunks, input_types, open_ort, session_options
+from inferos.runtime._trim import FROM_INPUT, trim_logits
 from inferos.runtime.layout import HANDLE_INPUT, LENGTHS_INPUT, TOTAL_INPUT, ModelLayout
 from inferos.runtime.protocols import Float32, Ids, TokenSequence
 from inferos.runtime.register import register
@@ -60,6 +61,7 @@ class CompressedSession:
         )
         self.new_cache().close()  # wrong options show here, before the weights are read
         model = rewrite_model(load_graph(layout.model_path), head_dim=layout.layers[0].head_dim)
+        self.trims = trim_logits(model, layout.logits)
         options = session_options(threads)
         register(options)
         self.ort = open_ort(model.SerializeToString(), options, layout.folder)
@@ -104,8 +106,10 @@ class CompressedSession:
             last: Float32 = logits[:, -1].astype(np.float32)
             return last
 
-    def run(self, turns: list[Turn], ids: Ids) -> npt.NDArray[Any]:
+    def run(self, turns: list[Turn], ids: Ids, *, keep_all: bool = False) -> npt.NDArray[Any]:
         """Logits (rows, tokens, vocab_size) of one run over ids (rows, tokens). Commits nothing.
+
+        Unless `keep_all`, those of all but the last token may be left out.
 
         Raises
         ------
@@ -120,6 +124,7 @@ class CompressedSession:
             LENGTHS_INPUT: totals - 1,
             TOTAL_INPUT: totals.max(),
             HANDLE_INPUT: np.array([turn.handle for turn in turns]),
+            FROM_INPUT: np.array([0 if keep_all else ids.shape[1] - 1]),
         }
         if layout.position_ids:
             feeds[layout.position_ids] = past[:, None] + np.arange(ids.shape[1])
@@ -242,13 +247,14 @@ class CompressedSequence:
     def _feed(self, ids: Ids, *, keep_all: bool) -> Float32:
         session = self.session
         step = 1 if keep_all and session.layout.last_logits_only else session.prefill_chunk
+        shown = session.vocab_size if keep_all or not session.trims else 1  # logits per token
         rows = []
         with self.turn() as turn:
             start = turn.past
             ids = check_ids(ids, session.layout, start)
             try:
-                for chunk in chunks(ids, step, session.vocab_size):
-                    logits = session.run([turn], chunk[None, :])[0]
+                for chunk in chunks(ids, step, shown):
+                    logits = session.run([turn], chunk[None, :], keep_all=keep_all)[0]
                     self.commit(turn)
                     rows.append((logits if keep_all else logits[-1:]).astype(np.float32))
             except BaseException:

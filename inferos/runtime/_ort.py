@@ -19,7 +19,7 @@ from inferos.runtime.protocols import Ids
 
 __all__ = ["ORT_ERRORS", "check_ids", "chunks", "input_types", "open_ort", "session_options"]
 
-# A run gives logits for every token it is fed, whoever needs them: this many bytes of them at most.
+# Bytes of logits that one run may give at most.
 _LOGITS_BYTES = 64 << 20
 _MIN_CHUNK = 16
 
@@ -108,8 +108,8 @@ def check_ids(ids: npt.ArrayLike, layout: ModelLayout, length: int) -> Ids:
     return array.astype(np.int64)
 
 
-def chunks(ids: Ids, prefill_chunk: int, vocab_size: int) -> Iterator[Ids]:
-    """`ids` in pieces of at most `prefill_chunk` tokens, fewer where the vocabulary is large."""
-    size = min(prefill_chunk, max(_MIN_CHUNK, _LOGITS_BYTES // (4 * vocab_size)))
+def chunks(ids: Ids, prefill_chunk: int, logits: int) -> Iterator[Ids]:
+    """`ids` in pieces of at most `prefill_chunk` tokens, fewer where each gives many `logits`."""
+    size = min(prefill_chunk, max(_MIN_CHUNK, _LOGITS_BYTES // (4 * logits)))
     for start in range(0, ids.size, size):
         yield ids[start : start + size]

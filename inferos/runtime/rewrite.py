@@ -268,7 +268,7 @@ def rewrite(folder: str | Path, out: str | Path | None = None) -> RewriteReport:
     Raises
     ------
     ModelError
-        As `inferos.runtime.layout.read_layout`, and where `out` holds something else.
+        As `inferos.runtime.layout.read_layout`, and where `out` holds something else or cannot be written.
     UnsupportedError
         Naming the attention node that cannot be rewritten, and why.
     """
@@ -306,11 +306,16 @@ def _read_marker(folder: Path) -> object | None:
 
 def _write(layout: ModelLayout, target: Path, marker: dict[str, str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Write beside `target`, then rename: a reader sees the old folder, none, or the whole new one."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise ModelError(f"rewrite: cannot write into {target.parent}: {error}") from error
     try:
         linked, copied = _fill(layout, scratch / "new", marker)
         _swap(scratch / "new", target, scratch / "old")
+    except OSError as error:
+        raise ModelError(f"rewrite: cannot write {target}: {error}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     _log.info("rewrote %s", target.name)

@@ -31,6 +31,7 @@ class Threads final : public Executor {
   void parallel_for(std::size_t count, void (*fn)(void*, std::size_t), void* context) override {
     std::atomic<std::size_t> next{0};
     std::vector<std::jthread> pool;
+    pool.reserve(threads_);
     for (std::size_t t = 0; t < threads_; ++t) {
       pool.emplace_back([&] {
         for (std::size_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) fn(context, i);
@@ -55,7 +56,8 @@ std::vector<float> normal(std::mt19937& random, std::size_t n) {
   return values;
 }
 
-std::unique_ptr<kv::SequenceCache> filled(const Shape& shape, kernels::Format format, std::int64_t tokens, unsigned seed) {
+std::unique_ptr<kv::SequenceCache> filled(const Shape& shape, kernels::Format format, std::int64_t tokens,
+                                          unsigned seed) {
   kv::CacheOptions options;
   options.layers = {{shape.kv_heads, shape.d, shape.window}};
   options.formats = {format};
@@ -76,7 +78,8 @@ struct Result {
   std::vector<float> out, mass;
 };
 
-Result attend(const kv::SequenceCache& cache, const Shape& shape, const std::vector<float>& q, std::size_t tokens, Executor& executor) {
+Result attend(const kv::SequenceCache& cache, const Shape& shape, const std::vector<float>& q, std::size_t tokens,
+              Executor& executor) {
   Result result{std::vector<float>(q.size()),
                 std::vector<float>(shape.kv_heads * static_cast<std::size_t>(cache.visible_length(0)))};
   const attention::Row row{&cache, q.data(), result.out.data(), tokens, result.mass.data()};
@@ -95,7 +98,7 @@ void same(const std::vector<float>& got, const std::vector<float>& want, const c
 void check(const Shape& shape, kernels::Format format) {
   const std::int64_t length = 3000;
   const auto cache = filled(shape, format, length, 1);
-  std::mt19937 random(2);
+  std::mt19937 random(2);  // NOLINT(bugprone-random-generator-seed): the same numbers every time
   SerialExecutor serial;
   Reversed reversed;
   Threads threads(4);
@@ -130,7 +133,8 @@ void check(const Shape& shape, kernels::Format format) {
 
 int main() {
   for (const Shape& shape : {Shape{8, 2, 64, -1}, Shape{3, 1, 80, -1}, Shape{4, 4, 16, 1000}}) {
-    for (const auto format : {kernels::Format::kF16, kernels::Format::kInt8, kernels::Format::kK8V4, kernels::Format::kInt4}) {
+    for (const auto format :
+         {kernels::Format::kF16, kernels::Format::kInt8, kernels::Format::kK8V4, kernels::Format::kInt4}) {
       check(shape, format);
     }
   }

@@ -36,7 +36,8 @@ int failed = 0;
 
 void report(const std::string& what, const std::string& mismatch) {
   ++(mismatch.empty() ? passed : failed);
-  std::printf("%-4s %s%s%s\n", mismatch.empty() ? "ok" : "FAIL", what.c_str(), mismatch.empty() ? "" : ": ", mismatch.c_str());
+  std::printf("%-4s %s%s%s\n", mismatch.empty() ? "ok" : "FAIL", what.c_str(), mismatch.empty() ? "" : ": ",
+              mismatch.c_str());
   std::fflush(stdout);
 }
 
@@ -52,7 +53,9 @@ constexpr bool is_key(Part part) { return part == Part::kK8 || part == Part::kK4
 constexpr bool is_byte(Part part) { return part == Part::kK8 || part == Part::kV8; }
 constexpr int steps_of(Part part) { return part == Part::kV8 ? 127 : is_byte(part) ? 255 : 15; }
 
-constexpr std::size_t code_bytes(Part part, std::size_t d) { return is_byte(part) ? kBlockTokens * d : kBlockTokens * d / 2; }
+constexpr std::size_t code_bytes(Part part, std::size_t d) {
+  return is_byte(part) ? kBlockTokens * d : kBlockTokens * d / 2;
+}
 constexpr std::size_t scale_count(Part part, std::size_t d) {
   return is_key(part) ? 2 * d : part == Part::kV8 ? kBlockTokens : 2 * kBlockTokens;
 }
@@ -179,7 +182,8 @@ std::string broken(Part part, const T* x, std::size_t tokens, std::size_t d, con
 }
 
 std::string different(Part part, const Coded& a, const Coded& b, std::size_t d) {
-  const auto code = std::mismatch(a.codes.begin(), a.codes.begin() + static_cast<std::ptrdiff_t>(code_bytes(part, d)), b.codes.begin());
+  const auto code = std::mismatch(a.codes.begin(), a.codes.begin() + static_cast<std::ptrdiff_t>(code_bytes(part, d)),
+                                  b.codes.begin());
   if (code.second != b.codes.begin() + static_cast<std::ptrdiff_t>(code_bytes(part, d))) {
     return "code byte " + std::to_string(code.first - a.codes.begin());
   }
@@ -241,8 +245,9 @@ struct QuantizeRun {
       done += is_key(part) ? size.d : size.tokens;
     }
     for (std::size_t i = 0; i < tables.size(); ++i) {
-      report(std::string("quantize ") + name_of(part) + " " + kTypeName<T> + " " + std::string(isa_name(tables[i].isa)) + ", " +
-                 std::to_string(done) + " rows" + (i == 0 ? ", properties" : ", bits"),
+      report(std::string("quantize ") + name_of(part) + " " + kTypeName<T> + " " +
+                 std::string(isa_name(tables[i].isa)) + ", " + std::to_string(done) + " rows" +
+                 (i == 0 ? ", properties" : ", bits"),
              mismatch[i]);
     }
   }
@@ -250,7 +255,9 @@ struct QuantizeRun {
 
 // ---- dequantisers -------------------------------------------------------------------------------------------------
 
-bool same(float a, float b) { return std::bit_cast<std::uint32_t>(a) == std::bit_cast<std::uint32_t>(b) || (a != a && b != b); }
+bool same(float a, float b) {
+  return std::bit_cast<std::uint32_t>(a) == std::bit_cast<std::uint32_t>(b) || (a != a && b != b);
+}
 bool same(std::uint16_t a, std::uint16_t b) { return a == b || ((a & 0x7FFFU) > 0x7C00U && (b & 0x7FFFU) > 0x7C00U); }
 
 // minimum + scale * code with one rounding: the sum is exact in double wherever the scale is finite.
@@ -276,7 +283,7 @@ std::string wrong_value(Part part, const Coded& coded, std::size_t d, const T* x
 void fill_codes(Random& random, Part part, std::size_t call, std::size_t d, Coded& coded) {
   const std::size_t bytes = code_bytes(part, d);
   for (std::size_t i = 0; i < bytes; ++i) {
-    const std::size_t token = i / 4 % 32 + i / (bytes / 2) * 32;       // of a K tile: 32 tokens of 4 bytes, two tiles deep
+    const std::size_t token = i / 4 % 32 + i / (bytes / 2) * 32;  // of a K tile: 32 tokens of 4 bytes, two tiles deep
     const std::size_t channel = i / 4 % 16 + i / (bytes * 16 / d) * 16;  // of a V tile: 16 channels of 4 bytes
     coded.codes[i] = static_cast<std::uint8_t>(is_key(part) ? call % 4 * 64 + token : channel);
   }
@@ -292,7 +299,8 @@ void fill_codes(Random& random, Part part, std::size_t call, std::size_t d, Code
 template <class T>
 void check_dequantizers(Part part, std::uint64_t seed) {
   constexpr std::size_t kD = kMaxHeadDim;
-  const std::size_t calls = is_key(part) ? 4 * 65536 / kD : 65536 / kBlockTokens;
+  constexpr std::size_t kHalves = 65536;
+  const std::size_t calls = is_key(part) ? 4 * kHalves / kD : kHalves / kBlockTokens;
   const std::span<const Quantize> tables = quantize_runnable();
   std::vector<std::string> mismatch(tables.size());
   std::vector<T> wanted(kBlockTokens * kD);
@@ -307,12 +315,15 @@ void check_dequantizers(Part part, std::uint64_t seed) {
       if (!mismatch[i].empty()) continue;
       dequantize_with(tables[i], part, coded, kD, got.data());
       for (std::size_t j = 0; j < got.size() && mismatch[i].empty(); ++j) {
-        if (!same(wanted[j], got[j])) mismatch[i] = "seed " + std::to_string(seed) + ", call " + std::to_string(call) + ", index " + std::to_string(j);
+        if (!same(wanted[j], got[j]))
+          mismatch[i] =
+              "seed " + std::to_string(seed) + ", call " + std::to_string(call) + ", index " + std::to_string(j);
       }
     }
   }
   for (std::size_t i = 0; i < tables.size(); ++i) {
-    report(std::string("dequantize ") + name_of(part) + " " + kTypeName<T> + " " + std::string(isa_name(tables[i].isa)) +
+    report(std::string("dequantize ") + name_of(part) + " " + kTypeName<T> + " " +
+               std::string(isa_name(tables[i].isa)) +
                (is_byte(part) ? ", every code x every scale" : ", every byte x every scale"),
            mismatch[i]);
   }
@@ -350,7 +361,8 @@ void check_rotation(std::size_t rows, std::uint64_t seed) {
   for (std::uint64_t block = 0; done < rows; ++block) {
     const std::size_t d = random.below(16) == 0 ? 16 * (1 + random.below(16)) : std::size_t{16} << random.below(2);
     const std::size_t count = 1 + random.below(kBlockTokens);
-    static constexpr std::array kFinite{Shape::kBell, Shape::kConstant, Shape::kOffset, Shape::kTies, Shape::kOutlier, Shape::kTiny};
+    static constexpr std::array kFinite{Shape::kBell, Shape::kConstant, Shape::kOffset,
+                                        Shape::kTies, Shape::kOutlier,  Shape::kTiny};
     fill(random, kFinite[random.below(kFinite.size())], x.data(), count * d);
     std::copy_n(x.begin(), count * d, wanted.begin());
     tables[0].rotate(wanted.data(), count, d);
@@ -358,7 +370,8 @@ void check_rotation(std::size_t rows, std::uint64_t seed) {
                               std::to_string(count) + ", head_dim " + std::to_string(d) + ")";
     if (mismatch[0].empty()) {  // one row of the block: the matrix costs n times as much as the kernel
       const std::size_t row = random.below(count) * d;
-      if (const std::string problem = wrong_rotation(x.data() + row, wanted.data() + row, d); !problem.empty()) mismatch[0] = problem + where;
+      if (const std::string problem = wrong_rotation(x.data() + row, wanted.data() + row, d); !problem.empty())
+        mismatch[0] = problem + where;
     }
     for (std::size_t i = 1; i < tables.size(); ++i) {
       if (!mismatch[i].empty()) continue;
@@ -369,7 +382,9 @@ void check_rotation(std::size_t rows, std::uint64_t seed) {
     done += count;
   }
   for (std::size_t i = 0; i < tables.size(); ++i) {
-    report("rotate " + std::string(isa_name(tables[i].isa)) + ", " + std::to_string(done) + " rows" + (i == 0 ? ", matrix" : ", bits"), mismatch[i]);
+    report("rotate " + std::string(isa_name(tables[i].isa)) + ", " + std::to_string(done) + " rows" +
+               (i == 0 ? ", matrix" : ", bits"),
+           mismatch[i]);
   }
 }
 
@@ -388,22 +403,26 @@ class NearestHalf {
   std::uint32_t last() const { return last_; }
 
  private:
-  static double value(std::uint32_t half) {  // 0x7C00 counts as 65536: where rounding to infinity begins is half way to there
+  static double value(
+      std::uint32_t half) {  // 0x7C00 counts as 65536: where rounding to infinity begins is half way to there
     const std::uint32_t exponent = half >> 10;
-    return exponent == 0 ? std::ldexp(half, -24) : std::ldexp((half & 0x3FFU) + 0x400U, static_cast<int>(exponent) - 25);
+    return exponent == 0 ? std::ldexp(half, -24)
+                         : std::ldexp((half & 0x3FFU) + 0x400U, static_cast<int>(exponent) - 25);
   }
   void enter(std::uint32_t half) {
     half_ = half;
     last_ = 0x7F80'0000U;
     if (half >= 0x7C00U) return;
     const auto tie = static_cast<float>((value(half) + value(half + 1)) / 2);  // 12 significant bits: exact
-    last_ = std::bit_cast<std::uint32_t>(tie) - half % 2;                       // a tie goes to the even neighbour
+    last_ = std::bit_cast<std::uint32_t>(tie) - half % 2;                      // a tie goes to the even neighbour
   }
   std::uint32_t half_ = 0;
   std::uint32_t last_ = 0;
 };
 
-std::uint16_t saturated(std::uint16_t half) { return (half & 0x7FFFU) == 0x7C00U ? static_cast<std::uint16_t>(half - 1) : half; }
+std::uint16_t saturated(std::uint16_t half) {
+  return (half & 0x7FFFU) == 0x7C00U ? static_cast<std::uint16_t>(half - 1) : half;
+}
 
 struct HalfSweep {
   static constexpr std::size_t kChunk = 16384;
@@ -420,7 +439,8 @@ struct HalfSweep {
       if (!mismatch[i].empty() || std::memcmp(got.data(), wanted[i % 2].data(), kChunk * 2) == 0) continue;
       const auto first = std::mismatch(got.begin(), got.end(), wanted[i % 2].begin()).first - got.begin();
       char bits[32];
-      std::snprintf(bits, sizeof bits, "pattern 0x%08x", std::bit_cast<std::uint32_t>(x[static_cast<std::size_t>(first)]));
+      std::snprintf(bits, sizeof bits, "pattern 0x%08x",
+                    std::bit_cast<std::uint32_t>(x[static_cast<std::size_t>(first)]));
       mismatch[i] = bits;
     }
   }
@@ -431,7 +451,8 @@ struct HalfSweep {
       NearestHalf nearest;
       for (std::uint64_t pattern = 0; pattern < 0x8000'0000U; pattern += kChunk * stride) {
         for (std::size_t j = 0; j < kChunk; ++j) {
-          x[j] = std::bit_cast<float>(static_cast<std::uint32_t>(std::min<std::uint64_t>(pattern + j * stride, 0x7FFF'FFFFU)) | sign);
+          x[j] = std::bit_cast<float>(
+              static_cast<std::uint32_t>(std::min<std::uint64_t>(pattern + j * stride, 0x7FFF'FFFFU)) | sign);
         }
         for (std::size_t j = 0; j < kChunk;) {
           const std::uint32_t magnitude = std::bit_cast<std::uint32_t>(x[j]) & 0x7FFF'FFFFU;
@@ -439,7 +460,8 @@ struct HalfSweep {
           // Stride 1 fills whole runs; NaN has payloads, so no runs.
           const std::size_t run = stride == 1 && magnitude <= 0x7F80'0000U ? nearest.last() - magnitude + 1 : 1;
           const std::size_t end = std::min(kChunk, j + run);
-          std::fill(wanted[0].begin() + static_cast<std::ptrdiff_t>(j), wanted[0].begin() + static_cast<std::ptrdiff_t>(end), half);
+          std::fill(wanted[0].begin() + static_cast<std::ptrdiff_t>(j),
+                    wanted[0].begin() + static_cast<std::ptrdiff_t>(end), half);
           j = end;
         }
         // NaN keeps its quiet bit, so saturated() cannot mistake one for an infinity.
@@ -449,8 +471,8 @@ struct HalfSweep {
       }
     }
     for (std::size_t i = 0; i < mismatch.size(); ++i) {
-      report(std::string("f32 -> f16 ") + (i % 2 == 0 ? "" : "saturating ") + std::string(isa_name(tables[i / 2].isa)) + ", " +
-                 std::to_string(count) + " patterns",
+      report(std::string("f32 -> f16 ") + (i % 2 == 0 ? "" : "saturating ") + std::string(isa_name(tables[i / 2].isa)) +
+                 ", " + std::to_string(count) + " patterns",
              mismatch[i]);
     }
   }
@@ -466,11 +488,15 @@ void check_f16_to_f32() {
     for (std::size_t i = 0; i < x.size() && mismatch.empty(); ++i) {
       const std::size_t exponent = i >> 10 & 31;
       const auto mantissa = static_cast<double>(i & 0x3FF);
-      const double magnitude = exponent == 31 ? HUGE_VAL : exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(mantissa + 1024, static_cast<int>(exponent) - 25);
+      const double magnitude = exponent == 31  ? HUGE_VAL
+                               : exponent == 0 ? std::ldexp(mantissa, -24)
+                                               : std::ldexp(mantissa + 1024, static_cast<int>(exponent) - 25);
       const bool nan = exponent == 31 && (i & 0x3FF) != 0;
       const auto nan_bits = static_cast<std::uint32_t>((i & 0x8000) << 16 | 0x7FC0'0000U | (i & 0x3FF) << 13);
-      const float wanted = nan ? std::bit_cast<float>(nan_bits) : static_cast<float>(i < 0x8000 ? magnitude : -magnitude);
-      if (std::bit_cast<std::uint32_t>(wanted) != std::bit_cast<std::uint32_t>(y[i])) mismatch = "half " + std::to_string(i);
+      const float wanted =
+          nan ? std::bit_cast<float>(nan_bits) : static_cast<float>(i < 0x8000 ? magnitude : -magnitude);
+      if (std::bit_cast<std::uint32_t>(wanted) != std::bit_cast<std::uint32_t>(y[i]))
+        mismatch = "half " + std::to_string(i);
     }
     report("f16 -> f32 " + std::string(isa_name(table.isa)) + ", 65536 patterns", mismatch);
   }
@@ -487,7 +513,8 @@ void check_tails() {
       std::vector<float> back(n + 1, -1.0F);
       table.f32_to_f16_saturate(x.data(), n, y.data());
       table.f16_to_f32(y.data(), n, back.data());
-      if (!std::equal(x.begin(), x.end(), back.begin()) || y[n] != 0xABCD || back[n] != -1.0F) mismatch = "length " + std::to_string(n);
+      if (!std::equal(x.begin(), x.end(), back.begin()) || y[n] != 0xABCD || back[n] != -1.0F)
+        mismatch = "length " + std::to_string(n);
     }
     report("conversion tails " + std::string(isa_name(table.isa)), mismatch);
   }

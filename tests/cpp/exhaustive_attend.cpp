@@ -53,7 +53,8 @@ struct State {
       if (!same(l[r], want.l[r])) return "l of row " + std::to_string(r);
       if (!std::isnan(l[r]) && !same(m[r], want.m[r])) return "m of row " + std::to_string(r);
       for (std::size_t c = 0; c < d; ++c) {
-        if (!same(o[r * d + c], want.o[r * d + c])) return "o of row " + std::to_string(r) + ", channel " + std::to_string(c);
+        if (!same(o[r * d + c], want.o[r * d + c]))
+          return "o of row " + std::to_string(r) + ", channel " + std::to_string(c);
       }
     }
     for (std::size_t i = 0; i < extra.size(); ++i) {
@@ -96,7 +97,8 @@ struct Case {
     const std::size_t bytes = format == Format::kF16 ? f16_block_bytes(d, capacity) : block_bytes(format, d);
     std::vector<std::byte>& record = records.emplace_back(bytes, std::byte{0xFF});  // NaN where no token is
     if (format == Format::kF16) {
-      for (std::size_t t = 0; t < tokens; ++t) store_f16_token(record.data(), d, capacity, t, rows->k + t * d, rows->v + t * d);
+      for (std::size_t t = 0; t < tokens; ++t)
+        store_f16_token(record.data(), d, capacity, t, rows->k + t * d, rows->v + t * d);
     } else {
       rows_to_block(format, *rows, tokens, d, record.data());
     }
@@ -133,8 +135,8 @@ std::size_t compare_decode(Case& test, std::string& mismatch) {
                    state.o.data(), state.m.data(), state.l.data(), state.extra.data()});
     const std::string difference = state.difference(states.front());
     if (!difference.empty()) {
-      mismatch = std::string(isa_name(kernel.isa)) + " head_dim " + std::to_string(test.d) + " group " + std::to_string(group) +
-                 ": " + difference;
+      mismatch = std::string(isa_name(kernel.isa)) + " head_dim " + std::to_string(test.d) + " group " +
+                 std::to_string(group) + ": " + difference;
     }
   }
   return group * kBlocks * kBlockTokens;
@@ -143,8 +145,8 @@ std::size_t compare_decode(Case& test, std::string& mismatch) {
 std::size_t compare_prefill(Case& test, std::string& mismatch) {
   const std::size_t rows = 1 + test.random.below(15);
   test.draw(rows);
-  std::vector<Visible> visible;
-  for (std::size_t r = 0; r < rows; ++r) visible.push_back(test.draw_visible());
+  std::vector<Visible> visible(rows);
+  for (Visible& seen : visible) seen = test.draw_visible();
   const float scale = 1.0F / std::sqrt(static_cast<float>(test.d));
   const float softcap = test.random.below(4) == 0 ? 30.0F * test.random.unit() : 0.0F;
   const std::size_t tile = kBlockTokens * test.d;
@@ -160,8 +162,8 @@ std::size_t compare_prefill(Case& test, std::string& mismatch) {
     }
     const std::string difference = state.difference(states.front());
     if (!difference.empty()) {
-      mismatch = std::string(isa_name(kernel.isa)) + " head_dim " + std::to_string(test.d) + " rows " + std::to_string(rows) +
-                 ": " + difference;
+      mismatch = std::string(isa_name(kernel.isa)) + " head_dim " + std::to_string(test.d) + " rows " +
+                 std::to_string(rows) + ": " + difference;
     }
   }
   return rows * kBlocks * kBlockTokens;

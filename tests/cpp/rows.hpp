@@ -28,19 +28,21 @@ class Random {
 };
 
 enum class Shape : std::size_t {
-  kBell,      // what activations look like, at any magnitude
-  kAnyBits,   // every bit pattern: NaN with payloads, infinities, subnormals
-  kLog,       // magnitudes from 1e-44 to 1e38
-  kConstant,  // one value, maybe -0
-  kOffset,    // a small range far from zero
-  kTies,      // small integers: quotients on or next to a tie
-  kOutlier,   // x20, x75, x400 beside ordinary values
-  kTiny,      // subnormal in f32, or below the smallest fp16
-  kSprinkled, // bell-shaped with NaN, infinity, -0 and 1e38 here and there
+  kBell,       // what activations look like, at any magnitude
+  kAnyBits,    // every bit pattern: NaN with payloads, infinities, subnormals
+  kLog,        // magnitudes from 1e-44 to 1e38
+  kConstant,   // one value, maybe -0
+  kOffset,     // a small range far from zero
+  kTies,       // small integers: quotients on or next to a tie
+  kOutlier,    // x20, x75, x400 beside ordinary values
+  kTiny,       // subnormal in f32, or below the smallest fp16
+  kSprinkled,  // bell-shaped with NaN, infinity, -0 and 1e38 here and there
 };
 inline constexpr std::size_t kShapes = 9;
 
-inline float power_of_two(int exponent) { return std::bit_cast<float>(static_cast<std::uint32_t>(exponent + 127) << 23); }
+inline float power_of_two(int exponent) {
+  return std::bit_cast<float>(static_cast<std::uint32_t>(exponent + 127) << 23);
+}
 
 inline float special(Random& random) {
   static constexpr std::uint32_t kBits[] = {0x7FC0'0000U, 0xFFC1'2345U, 0x7F80'0001U, 0x7F80'0000U, 0xFF80'0000U,

@@ -62,9 +62,7 @@ def test_prefill_has_scalars_bits(isa: str, head_dim: int) -> None:
             block = cases.random_block(rng, "f16", head_dim, start, begin, end)
             k, v = SCALAR.expand(0, block, head_dim)
             for name, state in states.items():
-                ATTEND[name].prefill(
-                    q, k, v, start, begin, end, visible, 0.125, softcap, state.o, state.m, state.l
-                )
+                ATTEND[name].prefill(q, k, v, start, begin, end, visible, 0.125, softcap, state.o, state.m, state.l)
         what = f"{isa} head_dim={head_dim} rows={rows} softcap={softcap} window={window}"
         cases.assert_same_state(states[isa], states["scalar"], what)
 

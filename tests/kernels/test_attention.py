@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from inferos.kv import KVCache, LayerSpec
 
 FORMATS = ("f16", "int8", "k8v4", "int4")
-# Only arithmetic is left, because the oracle reads the cache's own tokens back: decode rounds queries and probabilities.
+# Only arithmetic is left, because the oracle reads the cache's own tokens back: decode rounds q and p.
 DECODE_BOUND = {"f16": 1e-6, "int8": 0.01, "k8v4": 0.01, "int4": 0.02}
 PREFILL_BOUND = 2e-6
 

@@ -9,7 +9,14 @@ import pytest
 from caches import FORMATS, NOT_HELD, block_bytes, rows, used
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from inferos import errors
 from inferos.kv import Arena, KVCache, LayerSpec
@@ -70,7 +77,12 @@ class Model:
         """What a layer does when it is called: every finished block behind the window is packed as a whole."""
         for block in self.grids[layer]:
             for at in [at for at in HEADS if at[0] == layer]:
-                if self.is_due(block) and block.formats[at] == "f16" and block.start >= self.lost_in(layer) and self.kv != "f16":
+                if (
+                    self.is_due(block)
+                    and block.formats[at] == "f16"
+                    and block.start >= self.lost_in(layer)
+                    and self.kv != "f16"
+                ):
                     self.narrow(block, at, self.kv)
 
     def lost_in(self, layer: int) -> int:
@@ -144,7 +156,7 @@ class Model:
 
 
 def half_steps(kv: str, data: np.ndarray) -> np.ndarray:
-    """Bound (2, 1 or head_dim) on the error that packing data (tokens, 2, head_dim) adds: K per value, V as a token's norm.
+    """Bound (2, 1 or head_dim) on what packing data (tokens, 2, head_dim) adds: K per value, V as a token's norm.
 
     The source of a second packing is itself off by the first one's error; ranges grow by no more than a tenth here.
     """
@@ -253,7 +265,12 @@ class CacheMachine(RuleBasedStateMachine):
         cache, _ = self.pairs.pop(which % len(self.pairs))
         cache.close()
 
-    @rule(which=st.integers(0, 2), at=st.sampled_from(HEADS), index=st.integers(0, 20), kv=st.sampled_from(sorted(FORMATS)))
+    @rule(
+        which=st.integers(0, 2),
+        at=st.sampled_from(HEADS),
+        index=st.integers(0, 20),
+        kv=st.sampled_from(sorted(FORMATS)),
+    )
     def demote(self, which: int, at: tuple[int, int], index: int, kv: str) -> None:
         cache, model = self.pair(which)
         grid = model.grids[at[0]]
@@ -263,9 +280,7 @@ class CacheMachine(RuleBasedStateMachine):
             return
         block = grid[index]
         wanted = (
-            model.is_due(block)
-            and block.start >= model.lost_in(at[0])
-            and FORMATS[kv] > FORMATS[block.formats[at]]
+            model.is_due(block) and block.start >= model.lost_in(at[0]) and FORMATS[kv] > FORMATS[block.formats[at]]
         )
         assert cache.demote(*at, index, kv) is wanted
         if wanted:
@@ -295,7 +310,10 @@ class CacheMachine(RuleBasedStateMachine):
         shared = set()
         for cache, model in self.pairs:
             assert (cache.length, cache.pending, cache.kept_from, cache.rewind_floor) == (
-                model.length, 0, model.lost, model.floor()
+                model.length,
+                0,
+                model.lost,
+                model.floor(),
             )
             stats = cache.stats()
             assert stats.total_bytes == model.bytes()
@@ -340,7 +358,11 @@ class CacheMachine(RuleBasedStateMachine):
 
 def campaign(examples: int, steps: int) -> None:
     chosen = settings(
-        max_examples=examples, stateful_step_count=steps, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+        max_examples=examples,
+        stateful_step_count=steps,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        derandomize=True,
     )
     run_state_machine_as_test(CacheMachine, settings=chosen)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import random
 
 import psutil
@@ -24,7 +25,7 @@ def test_blocks_are_aligned_and_do_not_overlap():
     blocks = [_core.ArenaBlock(memory, size) for size in sizes]
     spans = sorted((block.address, block.address + size) for block, size in zip(blocks, sizes, strict=True))
     assert all(begin % 64 == 0 for begin, _ in spans)
-    assert all(end <= begin for (_, end), (begin, _) in zip(spans, spans[1:], strict=False))
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))
 
 
 def test_every_byte_of_a_block_can_be_written_and_keeps_its_value():

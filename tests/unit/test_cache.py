@@ -65,7 +65,9 @@ def test_contents_come_back_within_the_formats_step_and_exactly_where_f16(kv):
         steps = [feed(cache, n, seed) for seed, n in enumerate([5, 200, 1, 1, 300])]
         for layer in range(2):
             for head in range(2):
-                wanted = np.concatenate([np.stack([k[:, head], v[:, head]], 1) for k, v in (step[layer] for step in steps)])
+                wanted = np.concatenate(
+                    [np.stack([k[:, head], v[:, head]], 1) for k, v in (step[layer] for step in steps)]
+                )
                 got = content(cache, layer, head, 0, cache.length)
                 exact = cache.formats(layer, head) == 0
                 assert (got[exact] == wanted[exact]).all()
@@ -107,7 +109,9 @@ def test_bytes_are_exact_after_each_step(kv):
 
 
 def test_int4_codes_are_half_of_int8_codes():
-    assert block_bytes("int4", 128) - block_bytes("int4", 128) % 8192 == 8192  # 64 tokens * 128 channels * 2 * half a byte
+    assert (
+        block_bytes("int4", 128) - block_bytes("int4", 128) % 8192 == 8192
+    )  # 64 tokens * 128 channels * 2 * half a byte
     stats = {}
     for kv in ("int8", "int4"):
         with KVCache([LayerSpec(1, 128)], kv=kv) as cache:
@@ -115,7 +119,10 @@ def test_int4_codes_are_half_of_int8_codes():
             feed(cache, 1)
             stats[kv] = cache.stats()
     assert stats["int8"].blocks["int8"] == stats["int4"].blocks["int4"] == 7
-    codes = {kv: stats[kv].bytes_by_format[kv] // 7 - block_bytes(kv, 128) + {"int8": 16384, "int4": 8192}[kv] for kv in stats}
+    codes = {
+        kv: stats[kv].bytes_by_format[kv] // 7 - block_bytes(kv, 128) + {"int8": 16384, "int4": 8192}[kv]
+        for kv in stats
+    }
     assert codes["int4"] * 2 == codes["int8"]
 
 
@@ -258,7 +265,9 @@ def test_rewind_forgets_what_is_behind_and_nothing_else(length):
         assert cache.stats().elements == length * 2 * 2 * 16
         written = feed(cache, 200, 7)
         feed(cache, 1, 8)
-        assert (content(cache, 0, 1, length + 137, length + 200) == np.stack([w[137:200, 1] for w in written[0]], 1)).all()
+        assert (
+            content(cache, 0, 1, length + 137, length + 200) == np.stack([w[137:200, 1] for w in written[0]], 1)
+        ).all()
 
 
 def test_rewind_into_a_packed_block_keeps_it_packed_and_opens_a_new_f16_block():
@@ -387,7 +396,16 @@ def test_demotion_is_one_way_and_only_outside_the_window():
         feed(cache, 1)
         assert not cache.demote(0, 0, cache.grid_blocks(0) - 1, "int4")  # not full
         assert not cache.demote(0, 0, 5, "int4")  # positions 324..387 reach into the newest 64
-        for kv, done in [("f16", False), ("int8", True), ("f16", False), ("int8", False), ("k8v4", True), ("int8", False), ("int4", True), ("k8v4", False)]:
+        for kv, done in [
+            ("f16", False),
+            ("int8", True),
+            ("f16", False),
+            ("int8", False),
+            ("k8v4", True),
+            ("int8", False),
+            ("int4", True),
+            ("k8v4", False),
+        ]:
             before = used(cache.arena)
             assert cache.demote(0, 0, 1, kv) is done
             assert (used(cache.arena) < before) is done
@@ -488,9 +506,9 @@ def test_a_closed_handle_is_refused_and_closing_twice_is_not():
     for call in (lambda: cache.length, lambda: cache.begin(1), cache.fork, cache.abandon, cache.stats):
         with pytest.raises(errors.ClosedError, match=str(cache.handle)):
             call()
-    with KVCache(SMALL):  # may take the slot over: the old handle stays refused
-        with pytest.raises(errors.ClosedError):
-            cache.begin(1)
+    # The new sequence may take the slot over: the old handle stays refused.
+    with KVCache(SMALL), pytest.raises(errors.ClosedError):
+        cache.begin(1)
     assert used(cache.arena) == 0
 
 

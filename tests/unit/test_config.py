@@ -268,5 +268,12 @@ def test_a_policy_does_not_change() -> None:
         Policy().kv.sink_tokens = 3  # type: ignore[misc]
 
 
+@pytest.mark.parametrize(("given", "held"), [("auto", "k8v4"), ("k8v4", "k8v4"), ("k4v4", "int4")])
+def test_the_format_of_the_lowest_level_is_the_caches_own_name(given: str, held: str) -> None:
+    policy = Policy.from_mapping({"kv": {"l2_format": given}})
+    assert policy.resolve().l2_format == held
+    assert Thresholds(1, 1, 0).fixed_format(given) == held
+
+
 def test_thresholds_between_two_formats_mean_no_fixed_one() -> None:
     assert Thresholds(1, 0.7, 0.3).fixed_format("auto") is None

@@ -73,7 +73,9 @@ def test_scores_are_the_decayed_mean_mass_of_the_heaviest_tokens_times_their_val
                 assert measured[block] == pytest.approx(np.sort(worth)[-8:].mean(), rel=5e-3)
 
 
-@pytest.mark.parametrize(("l1", "l2"), [(1.0, 0.7), (1.0, 0.25), (0.6, 0.3), (1.0, 1.0), (0.5, 0.5), (1.0, 0.0), (0.0, 0.0)])
+@pytest.mark.parametrize(
+    ("l1", "l2"), [(1.0, 0.7), (1.0, 0.25), (0.6, 0.3), (1.0, 1.0), (0.5, 0.5), (1.0, 0.0), (0.0, 0.0)]
+)
 @pytest.mark.parametrize("l2_format", ["k8v4", "int4"])
 def test_shares_hold_per_head(l1, l2, l2_format):
     with KVCache([SPEC] * 2, kv="auto", thresholds=(l1, l2), l2_format=l2_format) as cache:
@@ -162,7 +164,11 @@ def run(arena: Arena, deaths: frozenset[int]) -> tuple:
                 step(cache, tokens, cache.length)
             cache.rewind(cache.length - 40)
         heads = [(layer, head) for layer in range(2) for head in range(2)]
-        return [cache.formats(*at).tolist() for at in heads], [cache.scores(*at).tolist() for at in heads], cache.stats()
+        return (
+            [cache.formats(*at).tolist() for at in heads],
+            [cache.scores(*at).tolist() for at in heads],
+            cache.stats(),
+        )
 
 
 def test_levels_depend_on_the_tokens_only():

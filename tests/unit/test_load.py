@@ -80,6 +80,17 @@ def test_a_policy_sets_window_and_sinks_and_auto_follows_its_mode() -> None:
     assert wide > generation.kv_bytes * 1.2
 
 
+def test_auto_packs_as_far_as_the_policys_thresholds_say() -> None:
+    held = []
+    for shares in ((0, 0, 0), (1, 0, 0), (1, 0.7, 0)):
+        levels = dict(zip(("L1_int8", "L2_int4", "L3_evict"), shares, strict=True))
+        with load("reference", "auto", {"kv": {"level_thresholds": levels, "l2_format": "k4v4"}}) as model:
+            generation = model.generate(np.arange(1, 600), 135, ignore_eos=True)
+            list(generation)
+            held.append(generation.kv_bytes or 0)
+    assert held[0] > held[1] > held[2] > 0
+
+
 def test_a_prompt_longer_than_the_context_is_refused(model: Model) -> None:
     with pytest.raises(ContextError, match="4097 tokens are more than the model's context of 4096"):
         model.generate(np.zeros(4097, np.int64))

@@ -12,7 +12,7 @@ import pytest
 from models import TYPES, Tiny, rotary_tables
 from onnx import TensorProto, helper, numpy_helper
 
-from inferos.errors import BusyError, ClosedError, InferosError, SequenceError, ShapeError
+from inferos.errors import BusyError, ClosedError, ConfigError, InferosError, SequenceError, ShapeError
 from inferos.kv import KVCache, LayerSpec
 from inferos.runtime._ort import ORT_ERRORS
 from inferos.runtime.register import register
@@ -213,6 +213,13 @@ def test_the_shape_of_the_output_is_inferred() -> None:
     for packed in (False, True):
         session = open_model(rewrite_model(attention_model(BASE.but(packed=packed))))
         assert session.get_outputs()[0].shape == ["batch", "tokens", BASE.width]
+
+
+def test_parallel_execution_is_refused() -> None:
+    options = ort.SessionOptions()
+    options.execution_mode = ort.ExecutionMode.ORT_PARALLEL
+    with pytest.raises(ConfigError, match="ORT_SEQUENTIAL"):
+        register(options)
 
 
 def test_an_empty_batch_gives_an_empty_output() -> None:

@@ -14,7 +14,8 @@ import inferos
 
 def public_modules() -> list[str]:
     """Dotted names of inferos and of every module below it whose path has no private part."""
-    names = [found.name for found in pkgutil.walk_packages(inferos.__path__, "inferos.")]
+    found = {module.name for module in pkgutil.walk_packages(inferos.__path__, "inferos.")}
+    names = sorted(found - {"inferos.libinferos"})  # a plain shared library beside the modules
     return ["inferos", *(name for name in names if not any(part.startswith("_") for part in name.split(".")))]
 
 

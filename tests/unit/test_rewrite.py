@@ -222,10 +222,17 @@ def test_a_rewrite_that_fails_half_way_leaves_the_old_folder(tmp_path: Path, mon
         raise OSError("the disk is full")
 
     monkeypatch.setattr(module.shutil, "copyfile", fail)
-    with pytest.raises(OSError, match="full"):
+    with pytest.raises(ModelError, match="full"):
         rewrite(source)
     assert (first.folder / "model.onnx").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model-inferos"]
+
+
+def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    source = tiny_folder(tmp_path / "model", Tiny())
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ModelError, match="cannot write"):
+        rewrite(source, tmp_path / "file" / "model")
 
 
 def test_a_rewritten_graph_of_another_version_is_refused(tmp_path: Path) -> None:

@@ -18,30 +18,30 @@ namespace inferos::kernels::avx2 {
 namespace {
 
 constexpr std::size_t kT = kBlockTokens;
-constexpr std::size_t kChunk = 4;                  // query heads at a time
-constexpr std::size_t kPrefetchBytes = 16 * 1024;  // measured best of 4..32 KiB
+constexpr std::size_t kChunk = 4;                               // query heads at a time
+constexpr std::size_t kPrefetchBytes = std::size_t{16} * 1024;  // measured best of 4..32 KiB
 
 struct Scratch {
-  alignas(32) float s[kChunk][kT];                     // logits, then probabilities
-  alignas(32) float w[kChunk][kMaxHeadDim];            // q * kscale
-  alignas(32) std::int16_t wide[kChunk][kMaxHeadDim];  // W of K8
-  alignas(32) std::int8_t narrow[kChunk][kMaxHeadDim]; // W of K4
-  alignas(32) std::int16_t p_wide[kChunk][kT];         // P of V8
-  alignas(32) std::uint8_t p_narrow[kChunk][kT];       // P of V4
-  float factor[kChunk];                                // of the integer sum, and what is added to it: logits
+  alignas(32) float s[kChunk][kT];                      // logits, then probabilities
+  alignas(32) float w[kChunk][kMaxHeadDim];             // q * kscale
+  alignas(32) std::int16_t wide[kChunk][kMaxHeadDim];   // W of K8
+  alignas(32) std::int8_t narrow[kChunk][kMaxHeadDim];  // W of K4
+  alignas(32) std::int16_t p_wide[kChunk][kT];          // P of V8
+  alignas(32) std::uint8_t p_narrow[kChunk][kT];        // P of V4
+  float factor[kChunk];                                 // of the integer sum, and what is added to it: logits
   float bias[kChunk];
   float alpha[kChunk];
-  float unit[kChunk];                                  // b / 255
-  float offset[kChunk];                                // c
-  std::int32_t start[kChunk];                          // -8 * sum of P
+  float unit[kChunk];          // b / 255
+  float offset[kChunk];        // c
+  std::int32_t start[kChunk];  // -8 * sum of P
 };
 
 struct Work {  // one block, one chunk of heads
   const DecodeTask& task;
   const BlockView& block;
   TokenRange range;
-  std::size_t head;       // first of the chunk
-  std::uintptr_t ahead;   // from a byte of this block to the same byte of the block to prefetch; 0 = none
+  std::size_t head;      // first of the chunk
+  std::uintptr_t ahead;  // from a byte of this block to the same byte of the block to prefetch; 0 = none
 };
 
 __m256i broadcast4(const void* p) noexcept { return _mm256_broadcastd_epi32(_mm_loadu_si32(p)); }
@@ -49,7 +49,9 @@ __m256i broadcast4(const void* p) noexcept { return _mm256_broadcastd_epi32(_mm_
 __m256i broadcast8(const void* p) noexcept { return _mm256_broadcastq_epi64(_mm_loadu_si64(p)); }
 
 // 8 + 8 integers that fit in 16 bits, in order.
-__m256i pack16(__m256i low, __m256i high) noexcept { return _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xD8); }
+__m256i pack16(__m256i low, __m256i high) noexcept {
+  return _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xD8);
+}
 
 // 16 integers of 16 bits to bytes, in order.
 template <bool kSigned>
@@ -88,8 +90,10 @@ void fold_queries(const Work& work, const std::byte* scales, Scratch& x) noexcep
       const __m256i low = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_load_ps(x.w[g] + c), up));
       const __m256i high = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_load_ps(x.w[g] + c + 8), up));
       const __m256i w = pack16(low, high);
-      if (is_wide) _mm256_store_si256(reinterpret_cast<__m256i*>(x.wide[g] + c), w);
-      else _mm_store_si128(reinterpret_cast<__m128i*>(x.narrow[g] + c), pack8<true>(w));
+      if (is_wide)
+        _mm256_store_si256(reinterpret_cast<__m256i*>(x.wide[g] + c), w);
+      else
+        _mm_store_si128(reinterpret_cast<__m128i*>(x.narrow[g] + c), pack8<true>(w));
     }
   }
 }
@@ -116,7 +120,8 @@ void k8_logits(const Work& work, Scratch& x) noexcept {
         sum[g][1] = _mm256_add_epi32(sum[g][1], _mm256_madd_epi16(k1, w));
       }
     }
-    for (std::size_t g = 0; g < G; ++g) store_logits(add_pairs(sum[g][0], sum[g][1]), x.factor[g], x.bias[g], x.s[g] + t);
+    for (std::size_t g = 0; g < G; ++g)
+      store_logits(add_pairs(sum[g][0], sum[g][1]), x.factor[g], x.bias[g], x.s[g] + t);
   }
 }
 
@@ -308,15 +313,19 @@ void run_chunk(const Work& work, float* logits, Scratch& x) noexcept {
     f16_logits<G>(work, x);
   } else {
     fold_queries<G>(work, record + layout.k_scales, x);
-    if (task.format == Format::kInt4) k4_logits<G>(work, x);
-    else k8_logits<G>(work, x);
+    if (task.format == Format::kInt4)
+      k4_logits<G>(work, x);
+    else
+      k8_logits<G>(work, x);
   }
   for (std::size_t g = 0; g < G; ++g) {
     const std::size_t head = work.head + g;
     x.alpha[g] = softmax_step(x.s[g], work.range, task.softcap, logits == nullptr ? nullptr : logits + head * kT,
                               task.m[head], task.l[head]);
-    if (task.format == Format::kInt8) weigh<false>(record + layout.v_scales, g, x);
-    else if (task.format != Format::kF16) weigh<true>(record + layout.v_scales, g, x);
+    if (task.format == Format::kInt8)
+      weigh<false>(record + layout.v_scales, g, x);
+    else if (task.format != Format::kF16)
+      weigh<true>(record + layout.v_scales, g, x);
   }
   switch (task.format) {
     case Format::kF16: return f16_channels<G>(work, record + std::size_t{work.block.capacity} * task.d * 2, x);

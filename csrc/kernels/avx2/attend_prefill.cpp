@@ -186,10 +186,14 @@ void attend_expand(Format format, const BlockView& block, std::size_t d, float* 
     const BlockLayout layout = packed_layout(format, d);
     const Scales k_scales(block.data + layout.k_scales, d, true);
     const Scales v_scales(block.data + layout.v_scales, kT, format != Format::kInt8);
-    if (format == Format::kInt4) expand_k<false>(block.data, k_scales, d, range, k);
-    else expand_k<true>(block.data, k_scales, d, range, k);
-    if (format == Format::kInt8) expand_v8(block.data + layout.v_codes, v_scales, d, v);
-    else expand_v4(block.data + layout.v_codes, v_scales, d, v);
+    if (format == Format::kInt4)
+      expand_k<false>(block.data, k_scales, d, range, k);
+    else
+      expand_k<true>(block.data, k_scales, d, range, k);
+    if (format == Format::kInt8)
+      expand_v8(block.data + layout.v_codes, v_scales, d, v);
+    else
+      expand_v4(block.data + layout.v_codes, v_scales, d, v);
   }
   for (std::size_t i = 0; i < range.lo * d; i += 8) _mm256_storeu_ps(v + i, _mm256_setzero_ps());
   for (std::size_t i = range.hi * d; i < kT * d; i += 8) _mm256_storeu_ps(v + i, _mm256_setzero_ps());

@@ -21,7 +21,8 @@ static inline __m256i load_bytes(const std::byte* p) noexcept {
 }
 
 static inline void prefetch(const void* p, std::uintptr_t ahead) noexcept {
-  _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<std::uintptr_t>(p) + ahead), _MM_HINT_T1);
+  const std::uintptr_t address = reinterpret_cast<std::uintptr_t>(p) + ahead;
+  _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T1);  // NOLINT(performance-no-int-to-ptr): never read
 }
 
 static inline __m256 absolute(__m256 x) noexcept { return _mm256_andnot_ps(_mm256_set1_ps(-0.0F), x); }
@@ -85,7 +86,8 @@ static inline __m256 lanes_of(TokenRange range, std::size_t vector) noexcept {
 
 // One block's step of the online softmax: 64 logits in place -> 64 probabilities; m and l updated. Returns alpha.
 // Where nothing was ever seen (the new maximum is -inf) alpha and p come out as 0, which leaves the zeros of l and o as they are.
-static inline float softmax_step(float* s, TokenRange range, float softcap, float* logits, float& m, float& l) noexcept {
+static inline float softmax_step(float* s, TokenRange range, float softcap, float* logits, float& m,
+                                 float& l) noexcept {
   const __m256 nothing = _mm256_set1_ps(kMinusInfinity);
   __m256 largest = nothing;
   __m256 x[8];

@@ -91,7 +91,8 @@ struct Extremes {
 };
 
 bool beyond_f16(__m256 low, __m256 high) noexcept {
-  const __m256 beyond = _mm256_or_ps(_mm256_cmp_ps(high, high_limit(), _CMP_GT_OQ), _mm256_cmp_ps(low, low_limit(), _CMP_LT_OQ));
+  const __m256 beyond =
+      _mm256_or_ps(_mm256_cmp_ps(high, high_limit(), _CMP_GT_OQ), _mm256_cmp_ps(low, low_limit(), _CMP_LT_OQ));
   return _mm256_movemask_ps(beyond) != 0;
 }
 
@@ -225,13 +226,15 @@ bool extremes_of_channels(const T* x, std::size_t tokens, std::size_t d, Extreme
 
 // Out of the loop, so that it costs the loop no registers: the four vectors again, those near a tie in double.
 template <bool kClean, class T>
-[[gnu::noinline, gnu::cold]] void encode_four_again(const T* x, std::size_t d, std::size_t count, const Grid& g, __m256i* code) noexcept {
+[[gnu::noinline, gnu::cold]] void encode_four_again(const T* x, std::size_t d, std::size_t count, const Grid& g,
+                                                    __m256i* code) noexcept {
   for (std::size_t j = 0; j < count; ++j) code[j] = encode_again<false>(load<kClean>(x + j * d), g, code[j]);
 }
 
 // Four tokens of 8 channels -> 128-bit lane j holds [4 tokens][channels 4j .. 4j+3]. Tokens from `count` on are zero.
 template <bool kClean, class T>
-[[gnu::always_inline]] inline __m256i encode_four(const T* x, std::size_t d, std::size_t count, const Grid& g) noexcept {
+[[gnu::always_inline]] inline __m256i encode_four(const T* x, std::size_t d, std::size_t count,
+                                                  const Grid& g) noexcept {
   __m256i code[4];
   __m256 worst = _mm256_setzero_ps();
   for (std::size_t j = 0; j < 4; ++j) {
@@ -285,14 +288,16 @@ void encode_keys(const T* x, std::size_t tokens, std::size_t d, const Grids& gri
 }
 
 template <int kBits, class T>
-void quantize_k(const T* x, std::size_t tokens, std::size_t d, std::uint8_t* codes, std::uint16_t* scales_minima) noexcept {
+void quantize_k(const T* x, std::size_t tokens, std::size_t d, std::uint8_t* codes,
+                std::uint16_t* scales_minima) noexcept {
   Extremes e;
   const bool good = extremes_of_channels<false>(x, tokens, d, e);
   if (!good) extremes_of_channels<true>(x, tokens, d, e);
   Grids grids;
   for (std::size_t c = 0; c < d; c += kLanes) {
     const double steps = kBits == 8 ? 255.0 : 15.0;
-    grids.put(c, asymmetric(_mm256_load_ps(e.low + c), _mm256_load_ps(e.high + c), steps, scales_minima + c, scales_minima + d + c));
+    grids.put(c, asymmetric(_mm256_load_ps(e.low + c), _mm256_load_ps(e.high + c), steps, scales_minima + c,
+                            scales_minima + d + c));
   }
   if (good) {
     encode_keys<kBits, false>(x, tokens, d, grids, codes);
@@ -304,7 +309,8 @@ void quantize_k(const T* x, std::size_t tokens, std::size_t d, std::uint8_t* cod
 template <int kBits, class T>
 void dequantize_k(const std::uint8_t* codes, const std::uint16_t* scales_minima, std::size_t d, T* x) noexcept {
   // Byte i of the first word of every 128-bit lane -> dword i.
-  const __m256i spread = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, -1, -1, -1, 1, -1, -1, -1, 2, -1, -1, -1, 3, -1, -1, -1));
+  const __m256i spread =
+      _mm256_broadcastsi128_si256(_mm_setr_epi8(0, -1, -1, -1, 1, -1, -1, -1, 2, -1, -1, -1, 3, -1, -1, -1));
   const __m256i nibble = _mm256_set1_epi8(15);
   for (std::size_t t = 0; t < kBlockTokens; t += 8) {
     for (std::size_t c = 0; c < d; c += kLanes) {
@@ -382,15 +388,16 @@ bool extremes_of_tokens(const T* x, std::size_t tokens, std::size_t d, Extremes&
 }
 
 template <std::size_t kTokens, bool kSymmetric, bool kClean, class T>
-[[gnu::noinline, gnu::cold]] void encode_rows_again(const T* const (&row)[kTokens], std::size_t c, const Grid (&grid)[kTokens],
-                                                    __m256i (&code)[kTokens]) noexcept {
-  for (std::size_t j = 0; j < kTokens; ++j) code[j] = encode_again<kSymmetric>(load<kClean>(row[j] + c), grid[j], code[j]);
+[[gnu::noinline, gnu::cold]] void encode_rows_again(const T* const (&row)[kTokens], std::size_t c,
+                                                    const Grid (&grid)[kTokens], __m256i (&code)[kTokens]) noexcept {
+  for (std::size_t j = 0; j < kTokens; ++j)
+    code[j] = encode_again<kSymmetric>(load<kClean>(row[j] + c), grid[j], code[j]);
 }
 
 // Codes of kTokens tokens, 8 channels; rows that a short block does not have read zeros on a zero grid.
 template <std::size_t kTokens, bool kSymmetric, bool kClean, class T>
-[[gnu::always_inline]] inline void encode_rows(const T* const (&row)[kTokens], std::size_t c, const Grid (&grid)[kTokens],
-                                               __m256i (&code)[kTokens]) noexcept {
+[[gnu::always_inline]] inline void encode_rows(const T* const (&row)[kTokens], std::size_t c,
+                                               const Grid (&grid)[kTokens], __m256i (&code)[kTokens]) noexcept {
   __m256 worst = _mm256_setzero_ps();
   for (std::size_t j = 0; j < kTokens; ++j) code[j] = encode<kSymmetric>(load<kClean>(row[j] + c), grid[j], worst);
   if (near_tie(worst)) encode_rows_again<kTokens, kSymmetric, kClean>(row, c, grid, code);
@@ -400,15 +407,18 @@ template <std::size_t kTokens, bool kSymmetric, bool kClean, class T>
 __m256i join_bytes(const __m256i (&code)[4]) noexcept {
   const __m256i words = _mm256_packs_epi16(_mm256_packs_epi32(code[0], code[1]), _mm256_packs_epi32(code[2], code[3]));
   // Per 128-bit lane [4 tokens][4 channels] -> [4 channels][4 tokens].
-  return _mm256_shuffle_epi8(words, _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)));
+  return _mm256_shuffle_epi8(
+      words, _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)));
 }
 
 // Eight dwords of 4-bit codes -> one dword: byte j has code j below and code 4 + j above.
 __m256i join_nibbles(const __m256i (&code)[8]) noexcept {
   __m256i pair[4];
   for (std::size_t j = 0; j < 4; ++j) pair[j] = _mm256_or_si256(code[j], _mm256_slli_epi32(code[4 + j], 4));
-  const __m256i words = _mm256_packus_epi16(_mm256_packus_epi32(pair[0], pair[1]), _mm256_packus_epi32(pair[2], pair[3]));
-  return _mm256_shuffle_epi8(words, _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)));
+  const __m256i words =
+      _mm256_packus_epi16(_mm256_packus_epi32(pair[0], pair[1]), _mm256_packus_epi32(pair[2], pair[3]));
+  return _mm256_shuffle_epi8(
+      words, _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)));
 }
 
 // kTokens = 4 for the symmetric INT8, 8 for the INT4: what fills the bytes of one word.

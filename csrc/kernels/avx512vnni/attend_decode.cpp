@@ -20,29 +20,29 @@ namespace inferos::kernels::avx512vnni {
 namespace {
 
 constexpr std::size_t kT = kBlockTokens;
-constexpr std::size_t kChunk = 4;                  // query heads at a time
-constexpr std::size_t kPrefetchBytes = 16 * 1024;  // measured best of 4..32 KiB
+constexpr std::size_t kChunk = 4;                               // query heads at a time
+constexpr std::size_t kPrefetchBytes = std::size_t{16} * 1024;  // measured best of 4..32 KiB
 
 struct Scratch {
   alignas(64) float s[kChunk][kT];                    // logits, then probabilities
   alignas(64) float w[kChunk][kMaxHeadDim];           // q * kscale
   alignas(64) std::int8_t high[kChunk][kMaxHeadDim];  // of W = 128 * high + low; K4 has high only, and it is W
   alignas(64) std::int8_t low[kChunk][kMaxHeadDim];
-  alignas(64) std::uint8_t weights[kChunk][kT];       // P
-  alignas(16) float factor[kChunk];                   // of the integer sum, and what is added to it: logits
+  alignas(64) std::uint8_t weights[kChunk][kT];  // P
+  alignas(16) float factor[kChunk];              // of the integer sum, and what is added to it: logits
   alignas(16) float bias[kChunk];
   alignas(16) float alpha[kChunk];
-  alignas(16) float unit[kChunk];                     // b / 255
-  alignas(16) float offset[kChunk];                   // c
-  alignas(16) std::int32_t start[kChunk];             // -8 * sum of P
+  alignas(16) float unit[kChunk];          // b / 255
+  alignas(16) float offset[kChunk];        // c
+  alignas(16) std::int32_t start[kChunk];  // -8 * sum of P
 };
 
 struct Work {  // one block, one chunk of heads
   const DecodeTask& task;
   const BlockView& block;
   TokenRange range;
-  std::size_t head;       // first of the chunk
-  std::uintptr_t ahead;   // from a byte of this block to the same byte of the block to prefetch; 0 = none
+  std::size_t head;      // first of the chunk
+  std::uintptr_t ahead;  // from a byte of this block to the same byte of the block to prefetch; 0 = none
 };
 
 template <std::size_t G, bool kWide>
@@ -363,8 +363,10 @@ void run_chunk(const Work& work, float* logits, Scratch& x) noexcept {
   const TokenRange ranges[4] = {work.range, work.range, work.range, work.range};
   softmax_step<G>(x.s, ranges, task.softcap, logits == nullptr ? nullptr : logits + work.head * kT, task.m + work.head,
                   task.l + work.head, x.alpha);
-  if (task.format == Format::kInt8) weigh<G, false>(record + layout.v_scales, x);
-  else if (task.format != Format::kF16) weigh<G, true>(record + layout.v_scales, x);
+  if (task.format == Format::kInt8)
+    weigh<G, false>(record + layout.v_scales, x);
+  else if (task.format != Format::kF16)
+    weigh<G, true>(record + layout.v_scales, x);
   const std::size_t f16_values = std::size_t{work.block.capacity} * task.d * 2;
   values<G>(work, record + (task.format == Format::kF16 ? f16_values : layout.v_codes), x);
 }

@@ -100,7 +100,8 @@ void expand_v4(const std::byte* codes, const Scales& x, std::size_t d, float* v)
       for (unsigned j = 0; j < 8; ++j) {
         const __m512 scale = _mm512_set1_ps(x.scale[t + j]);
         const __m512 minimum = _mm512_set1_ps(x.minimum[t + j]);
-        _mm512_storeu_ps(v + (t + j) * d + c, _mm512_fmadd_ps(scale, field(eight, 8 * (j % 4) + (j / 4) * 4, 15), minimum));
+        _mm512_storeu_ps(v + (t + j) * d + c,
+                         _mm512_fmadd_ps(scale, field(eight, 8 * (j % 4) + (j / 4) * 4, 15), minimum));
       }
     }
   }
@@ -196,10 +197,14 @@ void attend_expand(Format format, const BlockView& block, std::size_t d, float* 
     const BlockLayout layout = packed_layout(format, d);
     const Scales k_scales(block.data + layout.k_scales, d, true);
     const Scales v_scales(block.data + layout.v_scales, kT, format != Format::kInt8);
-    if (format == Format::kInt4) expand_k4(block.data, k_scales, d, range, k);
-    else expand_k8(block.data, k_scales, d, range, k);
-    if (format == Format::kInt8) expand_v8(block.data + layout.v_codes, v_scales, d, v);
-    else expand_v4(block.data + layout.v_codes, v_scales, d, v);
+    if (format == Format::kInt4)
+      expand_k4(block.data, k_scales, d, range, k);
+    else
+      expand_k8(block.data, k_scales, d, range, k);
+    if (format == Format::kInt8)
+      expand_v8(block.data + layout.v_codes, v_scales, d, v);
+    else
+      expand_v4(block.data + layout.v_codes, v_scales, d, v);
   }
   for (std::size_t i = 0; i < range.lo * d; i += 16) _mm512_storeu_ps(v + i, _mm512_setzero_ps());
   for (std::size_t i = range.hi * d; i < kT * d; i += 16) _mm512_storeu_ps(v + i, _mm512_setzero_ps());

@@ -30,7 +30,8 @@ static inline __m512i dot4(__m512i sum, __m512i u8, __m512i s8) noexcept {
 }
 
 static inline void prefetch(const void* p, std::uintptr_t ahead) noexcept {
-  _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<std::uintptr_t>(p) + ahead), _MM_HINT_T1);
+  const std::uintptr_t address = reinterpret_cast<std::uintptr_t>(p) + ahead;
+  _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T1);  // NOLINT(performance-no-int-to-ptr): never read
 }
 
 struct Sum {
@@ -50,8 +51,10 @@ static inline __m128 across(const __m512 (&v)[N]) noexcept {
     const __m512 x = v[i < N ? i : 0];
     eight[i] = Op::of(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
   }
-  const __m256 ab = Op::of(_mm256_permute2f128_ps(eight[0], eight[1], 0x20), _mm256_permute2f128_ps(eight[0], eight[1], 0x31));
-  const __m256 cd = Op::of(_mm256_permute2f128_ps(eight[2], eight[3], 0x20), _mm256_permute2f128_ps(eight[2], eight[3], 0x31));
+  const __m256 ab =
+      Op::of(_mm256_permute2f128_ps(eight[0], eight[1], 0x20), _mm256_permute2f128_ps(eight[0], eight[1], 0x31));
+  const __m256 cd =
+      Op::of(_mm256_permute2f128_ps(eight[2], eight[3], 0x20), _mm256_permute2f128_ps(eight[2], eight[3], 0x31));
   const __m256 two = Op::of(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xEE));
   const __m256 one = Op::of(two, _mm256_movehdup_ps(two));  // a . c . | b . d .
   return _mm_blend_ps(_mm256_castps256_ps128(one), _mm_moveldup_ps(_mm256_extractf128_ps(one, 1)), 0xA);
@@ -98,8 +101,8 @@ static inline __mmask16 lanes_of(TokenRange range, std::size_t vector) noexcept 
 // updated, alpha[N] written. A row that sees nothing keeps m and l; where it never saw anything (the new maximum is -inf)
 // alpha and p come out as 0, which leaves the zeros of l and o as they are.
 template <std::size_t N>
-static inline void softmax_step(float (*s)[kBlockTokens], const TokenRange* range, float softcap, float* logits, float* m,
-                                float* l, float* alpha) noexcept {
+static inline void softmax_step(float (*s)[kBlockTokens], const TokenRange* range, float softcap, float* logits,
+                                float* m, float* l, float* alpha) noexcept {
   constexpr __mmask8 kUsed = (1U << N) - 1;
   const __m512 nothing = _mm512_set1_ps(kMinusInfinity);
   __m512 largest[N];

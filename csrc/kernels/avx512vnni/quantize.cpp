@@ -96,8 +96,10 @@ __m256 high_half(__m512 x) noexcept { return _mm512_extractf32x8_ps(x, 1); }
 // The smallest fp16 >= (high - base) / steps: the quotient in double, then two directed roundings (fp16 is a subset of f32).
 __m256i ceil_f16(__m512 high, __m512 base, double steps) noexcept {
   const __m512d divisor = _mm512_set1_pd(steps);
-  const __m512d q0 = _mm512_div_pd(_mm512_sub_pd(_mm512_cvtps_pd(low_half(high)), _mm512_cvtps_pd(low_half(base))), divisor);
-  const __m512d q1 = _mm512_div_pd(_mm512_sub_pd(_mm512_cvtps_pd(high_half(high)), _mm512_cvtps_pd(high_half(base))), divisor);
+  const __m512d q0 =
+      _mm512_div_pd(_mm512_sub_pd(_mm512_cvtps_pd(low_half(high)), _mm512_cvtps_pd(low_half(base))), divisor);
+  const __m512d q1 =
+      _mm512_div_pd(_mm512_sub_pd(_mm512_cvtps_pd(high_half(high)), _mm512_cvtps_pd(high_half(base))), divisor);
   const __m512 lower = _mm512_castps256_ps512(_mm512_cvt_roundpd_ps(q0, kUp));
   return _mm512_cvtps_ph(_mm512_insertf32x8(lower, _mm512_cvt_roundpd_ps(q1, kUp), 1), kUp);
 }
@@ -229,13 +231,15 @@ bool extremes_of_channels(const T* x, std::size_t tokens, std::size_t d, Extreme
 
 // Out of the loop, so that it costs the loop no registers: the four vectors again, those near a tie in double.
 template <bool kClean, class T>
-[[gnu::noinline, gnu::cold]] void encode_four_again(const T* x, std::size_t d, std::size_t count, const Grid& g, __m512i* code) noexcept {
+[[gnu::noinline, gnu::cold]] void encode_four_again(const T* x, std::size_t d, std::size_t count, const Grid& g,
+                                                    __m512i* code) noexcept {
   for (std::size_t j = 0; j < count; ++j) code[j] = encode_again<false>(load<kClean>(x + j * d), g, code[j]);
 }
 
 // Four tokens of 16 channels -> 128-bit lane j holds [4 tokens][channels 4j .. 4j+3]. Tokens from `count` on are zero.
 template <bool kClean, class T>
-[[gnu::always_inline]] inline __m512i encode_four(const T* x, std::size_t d, std::size_t count, const Grid& g) noexcept {
+[[gnu::always_inline]] inline __m512i encode_four(const T* x, std::size_t d, std::size_t count,
+                                                  const Grid& g) noexcept {
   __m512i code[4];
   __m512 worst = _mm512_setzero_ps();
   for (std::size_t j = 0; j < 4; ++j) {
@@ -251,7 +255,8 @@ template <bool kClean, class T>
 
 // Sixteen tokens of 16 channels -> four vectors, each [16 tokens][4 channels].
 template <bool kClean, class T>
-[[gnu::always_inline]] inline void encode_panel(const T* x, std::size_t d, std::size_t count, const Grid& g, __m512i (&quad)[4]) noexcept {
+[[gnu::always_inline]] inline void encode_panel(const T* x, std::size_t d, std::size_t count, const Grid& g,
+                                                __m512i (&quad)[4]) noexcept {
   if (count >= 16) {
     for (std::size_t i = 0; i < 4; ++i) quad[i] = encode_four<kClean>(x + 4 * i * d, d, 4, g);
   } else {
@@ -290,14 +295,16 @@ void encode_keys(const T* x, std::size_t tokens, std::size_t d, const Grids& gri
 }
 
 template <int kBits, class T>
-void quantize_k(const T* x, std::size_t tokens, std::size_t d, std::uint8_t* codes, std::uint16_t* scales_minima) noexcept {
+void quantize_k(const T* x, std::size_t tokens, std::size_t d, std::uint8_t* codes,
+                std::uint16_t* scales_minima) noexcept {
   Extremes e;
   const bool good = extremes_of_channels<false>(x, tokens, d, e);
   if (!good) extremes_of_channels<true>(x, tokens, d, e);
   Grids grids;
   for (std::size_t c = 0; c < d; c += kLanes) {
     const double steps = kBits == 8 ? 255.0 : 15.0;
-    grids.put(c, asymmetric(_mm512_load_ps(e.low + c), _mm512_load_ps(e.high + c), steps, scales_minima + c, scales_minima + d + c));
+    grids.put(c, asymmetric(_mm512_load_ps(e.low + c), _mm512_load_ps(e.high + c), steps, scales_minima + c,
+                            scales_minima + d + c));
   }
   if (good) {
     encode_keys<kBits, false>(x, tokens, d, grids, codes);
@@ -309,7 +316,8 @@ void quantize_k(const T* x, std::size_t tokens, std::size_t d, std::uint8_t* cod
 template <int kBits, class T>
 void dequantize_k(const std::uint8_t* codes, const std::uint16_t* scales_minima, std::size_t d, T* x) noexcept {
   // Byte i of word w of every 128-bit lane -> dword i.
-  const __m512i first = _mm512_broadcast_i32x4(_mm_setr_epi8(0, -1, -1, -1, 1, -1, -1, -1, 2, -1, -1, -1, 3, -1, -1, -1));
+  const __m512i first =
+      _mm512_broadcast_i32x4(_mm_setr_epi8(0, -1, -1, -1, 1, -1, -1, -1, 2, -1, -1, -1, 3, -1, -1, -1));
   const __m512i nibble = _mm512_set1_epi8(15);
   for (std::size_t c = 0; c < d; c += kLanes) {
     const __m512 scale = load<false>(scales_minima + c);
@@ -329,7 +337,8 @@ void dequantize_k(const std::uint8_t* codes, const std::uint16_t* scales_minima,
       }
       transpose_lanes(quad);
       for (std::size_t i = 0; i < 16; ++i) {
-        const __m512i pick = _mm512_mask_add_epi8(first, 0x1111'1111'1111'1111ULL, first, _mm512_set1_epi8(static_cast<char>(i % 4 * 4)));
+        const __m512i pick = _mm512_mask_add_epi8(first, 0x1111'1111'1111'1111ULL, first,
+                                                  _mm512_set1_epi8(static_cast<char>(i % 4 * 4)));
         const __m512 code = _mm512_cvtepi32_ps(_mm512_shuffle_epi8(quad[i / 4], pick));
         store(x + (t + i) * d + c, _mm512_fmadd_ps(scale, code, minimum));
       }
@@ -391,14 +400,16 @@ bool extremes_of_tokens(const T* x, std::size_t tokens, std::size_t d, Extremes&
 }
 
 template <std::size_t kTokens, bool kSymmetric, bool kClean, class T>
-[[gnu::noinline, gnu::cold]] void encode_rows_again(const T* const (&row)[kTokens], std::size_t c, const Grid (&grid)[kTokens],
-                                                    __m512i (&code)[kTokens]) noexcept {
-  for (std::size_t j = 0; j < kTokens; ++j) code[j] = encode_again<kSymmetric>(load<kClean>(row[j] + c), grid[j], code[j]);
+[[gnu::noinline, gnu::cold]] void encode_rows_again(const T* const (&row)[kTokens], std::size_t c,
+                                                    const Grid (&grid)[kTokens], __m512i (&code)[kTokens]) noexcept {
+  for (std::size_t j = 0; j < kTokens; ++j)
+    code[j] = encode_again<kSymmetric>(load<kClean>(row[j] + c), grid[j], code[j]);
 }
 
 // Codes of kTokens tokens, 16 channels; rows that a short block does not have read zeros on a zero grid.
 template <std::size_t kTokens, bool kSymmetric, bool kClean, class T>
-[[gnu::always_inline]] inline void encode_rows(const T* const (&row)[kTokens], std::size_t c, const Grid (&grid)[kTokens], __m512i (&code)[kTokens]) noexcept {
+[[gnu::always_inline]] inline void encode_rows(const T* const (&row)[kTokens], std::size_t c,
+                                               const Grid (&grid)[kTokens], __m512i (&code)[kTokens]) noexcept {
   __m512 worst = _mm512_setzero_ps();
   for (std::size_t j = 0; j < kTokens; ++j) code[j] = encode<kSymmetric>(load<kClean>(row[j] + c), grid[j], worst);
   if (near_tie(worst)) encode_rows_again<kTokens, kSymmetric, kClean>(row, c, grid, code);
@@ -408,8 +419,10 @@ template <std::size_t kTokens, bool kSymmetric, bool kClean, class T>
 __m512i join_bytes(const __m512i (&code)[4]) noexcept {
   constexpr int kSelect = 0xE4;  // ternary logic: mask ? first : second, with the mask as third operand
   __m512i word = _mm512_slli_epi32(code[3], 24);
-  word = _mm512_ternarylogic_epi32(word, _mm512_slli_epi32(code[2], 16), _mm512_set1_epi32(static_cast<int>(0xFF000000)), kSelect);
-  word = _mm512_ternarylogic_epi32(word, _mm512_slli_epi32(code[1], 8), _mm512_set1_epi32(static_cast<int>(0xFFFF0000)), kSelect);
+  word = _mm512_ternarylogic_epi32(word, _mm512_slli_epi32(code[2], 16),
+                                   _mm512_set1_epi32(static_cast<int>(0xFF000000)), kSelect);
+  word = _mm512_ternarylogic_epi32(word, _mm512_slli_epi32(code[1], 8), _mm512_set1_epi32(static_cast<int>(0xFFFF0000)),
+                                   kSelect);
   return _mm512_ternarylogic_epi32(word, code[0], _mm512_set1_epi32(static_cast<int>(0xFFFFFF00)), kSelect);
 }
 
@@ -485,7 +498,8 @@ template <class T>
 void un_v8(const std::int8_t* codes, const std::uint16_t* scales, std::size_t d, T* x) noexcept {
   for (std::size_t t = 0; t < kBlockTokens; t += 4) {
     __m512 scale[4];
-    for (std::size_t j = 0; j < 4; ++j) scale[j] = _mm512_cvtph_ps(_mm256_set1_epi16(static_cast<short>(scales[t + j])));
+    for (std::size_t j = 0; j < 4; ++j)
+      scale[j] = _mm512_cvtph_ps(_mm256_set1_epi16(static_cast<short>(scales[t + j])));
     const std::int8_t* from = codes + t / 4 * 64;
     for (std::size_t c = 0; c < d; c += kLanes, from += kBlockTokens / 4 * 64) {
       const __m512i word = _mm512_loadu_si512(from);

@@ -17,7 +17,8 @@ std::int32_t to_code(float x, float levels) noexcept {
   return std::fabs(x) <= levels + 1.0F ? static_cast<std::int32_t>(std::nearbyint(x)) : 0;
 }
 
-void f16_logits(const DecodeTask& task, const BlockView& block, const float* q, TokenRange range, float (&s)[kT]) noexcept {
+void f16_logits(const DecodeTask& task, const BlockView& block, const float* q, TokenRange range,
+                float (&s)[kT]) noexcept {
   for (std::size_t t = range.lo; t < range.hi; ++t) {
     float sum = 0.0F;
     for (std::size_t c = 0; c < task.d; ++c) {
@@ -63,7 +64,8 @@ void f16_values(const DecodeTask& task, const BlockView& block, const float (&p)
   }
 }
 
-void packed_values(const DecodeTask& task, const BlockView& block, const float (&p)[kT], float alpha, float* o) noexcept {
+void packed_values(const DecodeTask& task, const BlockView& block, const float (&p)[kT], float alpha,
+                   float* o) noexcept {
   const bool wide = task.format == Format::kInt8;
   const BlockLayout layout = packed_layout(task.format, task.d);
   const std::byte* codes = block.data + layout.v_codes;
@@ -97,8 +99,10 @@ void decode_block(const DecodeTask& task, const BlockView& block, std::size_t g,
   const bool f16 = task.format == Format::kF16;
   const float* q = task.q + g * task.d;
   float s[kT] = {};
-  if (f16) f16_logits(task, block, q, range, s);
-  else packed_logits(task, block, q, s);
+  if (f16)
+    f16_logits(task, block, q, range, s);
+  else
+    packed_logits(task, block, q, s);
   mask_logits(s, range, task.softcap);
   if (logits != nullptr) std::memcpy(logits, s, sizeof s);
 
@@ -107,8 +111,10 @@ void decode_block(const DecodeTask& task, const BlockView& block, std::size_t g,
   float p[kT];
   const float alpha = softmax_step(s, p, task.m[g], task.l[g]);
   float* o = task.o + g * task.d;
-  if (f16) f16_values(task, block, p, range, alpha, o);
-  else packed_values(task, block, p, alpha, o);
+  if (f16)
+    f16_values(task, block, p, range, alpha, o);
+  else
+    packed_values(task, block, p, alpha, o);
 }
 
 }  // namespace

@@ -24,7 +24,8 @@ void expand_f16_token(const BlockView& block, std::size_t d, std::size_t t, floa
   }
 }
 
-void expand_packed_token(Format format, const BlockView& block, std::size_t d, std::size_t t, float* k, float* v) noexcept {
+void expand_packed_token(Format format, const BlockView& block, std::size_t d, std::size_t t, float* k,
+                         float* v) noexcept {
   const bool wide_k = format != Format::kInt4;
   const bool wide_v = format == Format::kInt8;
   const BlockLayout layout = packed_layout(format, d);
@@ -34,7 +35,8 @@ void expand_packed_token(Format format, const BlockView& block, std::size_t d, s
     const auto k_value = static_cast<float>(k_code(block.data, wide_k, d, t, c));
     const auto v_value = static_cast<float>(v_code(block.data + layout.v_codes, wide_v, t, c));
     k_tile(k, d, t, c) = std::fma(half_at(k_scales, c), k_value, half_at(k_scales, d + c));
-    v[t * d + c] = wide_v ? half_at(v_scales, t) * v_value : std::fma(half_at(v_scales, t), v_value, half_at(v_scales, kT + t));
+    v[t * d + c] =
+        wide_v ? half_at(v_scales, t) * v_value : std::fma(half_at(v_scales, t), v_value, half_at(v_scales, kT + t));
   }
 }
 
@@ -66,8 +68,10 @@ void attend_expand(Format format, const BlockView& block, std::size_t d, float* 
   std::memset(k, 0, kT * d * sizeof(float));
   std::memset(v, 0, kT * d * sizeof(float));
   for (std::size_t t = block.begin; t < block.end; ++t) {
-    if (format == Format::kF16) expand_f16_token(block, d, t, k, v);
-    else expand_packed_token(format, block, d, t, k, v);
+    if (format == Format::kF16)
+      expand_f16_token(block, d, t, k, v);
+    else
+      expand_packed_token(format, block, d, t, k, v);
   }
 }
 

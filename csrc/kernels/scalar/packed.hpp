@@ -16,7 +16,9 @@ inline float half_at(const std::byte* values, std::size_t i) noexcept {
   return f16_to_f32(bits);
 }
 
-inline std::int32_t byte_at(const std::byte* codes, std::size_t i) noexcept { return std::to_integer<std::int32_t>(codes[i]); }
+inline std::int32_t byte_at(const std::byte* codes, std::size_t i) noexcept {
+  return std::to_integer<std::int32_t>(codes[i]);
+}
 
 inline std::int32_t nibble(std::int32_t byte, bool high) noexcept { return high ? byte >> 4 : byte & 15; }
 

@@ -15,7 +15,7 @@
 namespace inferos::kernels::scalar {
 namespace {
 
-constexpr std::size_t kTileTokens = 32;  // tokens of a K tile
+constexpr std::size_t kTileTokens = 32;    // tokens of a K tile
 constexpr std::size_t kTileChannels = 16;  // channels of a V tile
 
 float as_float(float x) noexcept { return x; }
@@ -65,7 +65,8 @@ int code_of(float value, const Grid& grid) noexcept {
 
 // Minimum and scale of `n` values `stride` apart, stored as fp16 and returned as the grid they span.
 template <class T>
-Grid asymmetric(const T* x, std::size_t n, std::size_t stride, int steps, std::uint16_t& scale, std::uint16_t& minimum) noexcept {
+Grid asymmetric(const T* x, std::size_t n, std::size_t stride, int steps, std::uint16_t& scale,
+                std::uint16_t& minimum) noexcept {
   float low = clean(x[0]);
   float high = low;
   for (std::size_t i = 1; i < n; ++i) {
@@ -115,7 +116,8 @@ void merge(Code& byte, int code, unsigned shift) noexcept {
 }
 
 template <class T, int kSteps, auto kPlace>
-void quantize_k(const T* x, std::size_t tokens, std::size_t d, std::uint8_t* codes, std::uint16_t* scales_minima) noexcept {
+void quantize_k(const T* x, std::size_t tokens, std::size_t d, std::uint8_t* codes,
+                std::uint16_t* scales_minima) noexcept {
   std::fill_n(codes, kSteps == 255 ? kBlockTokens * d : kBlockTokens * d / 2, std::uint8_t{0});
   for (std::size_t c = 0; c < d; ++c) {
     const Grid grid = asymmetric(x + c, tokens, d, kSteps, scales_minima[c], scales_minima[d + c]);
