@@ -65,7 +65,8 @@ std::size_t rows_of(const char* name, const py::array& rows, std::size_t heads, 
   if (rows.ndim() != 3 || rows.shape(0) < 1 || (heads != 0 && static_cast<std::size_t>(rows.shape(1)) != heads) ||
       static_cast<std::size_t>(rows.shape(2)) != head_dim) {
     throw Error(ErrorCode::kShape, std::string(name) + ": shape " + text(rows) + ", wanted (tokens, " +
-                                       (heads == 0 ? "heads" : std::to_string(heads)) + ", " + std::to_string(head_dim) + ")");
+                                       (heads == 0 ? "heads" : std::to_string(heads)) + ", " +
+                                       std::to_string(head_dim) + ")");
   }
   return static_cast<std::size_t>(rows.shape(0));
 }
@@ -133,7 +134,9 @@ void append(Handle handle, std::size_t layer, const Array<T>& k, const Array<T>&
   lease->append(layer, widen(k_data, count, k_wide), widen(v_data, count, v_wide));
 }
 
-void narrow(const float* from, std::size_t count, Half* to) { kernels::convert().f32_to_f16_saturate(from, count, &to->bits); }
+void narrow(const float* from, std::size_t count, Half* to) {
+  kernels::convert().f32_to_f16_saturate(from, count, &to->bits);
+}
 
 // Attention of the newest q.shape[0] tokens: (out, mass), mass None unless asked for. Feeds the importance scores of `auto`.
 template <class T>
@@ -278,8 +281,9 @@ void add_arena(py::module_& m) {
            }),
            py::arg("budget_bytes") = 0, py::arg("huge_pages") = true)
       .def("stats", &arena_stats)
-      .def("fail_after", [](Arena& arena, std::int64_t n) { arena.fail_after(option(n, "n")); },
-           py::arg("n"), "Test seam: the n-th allocation from now is refused; 0 switches it off.");
+      .def(
+          "fail_after", [](Arena& arena, std::int64_t n) { arena.fail_after(option(n, "n")); }, py::arg("n"),
+          "Test seam: the n-th allocation from now is refused; 0 switches it off.");
   py::class_<ArenaBlock>(m, "ArenaBlock", "One block of an arena, released with the object.")
       .def(py::init([](std::shared_ptr<Arena> arena, std::int64_t bytes) {
              return std::make_unique<ArenaBlock>(std::move(arena), option(bytes, "bytes"));
@@ -303,44 +307,59 @@ void add_step(py::module_& m) {
 
 void add_cache(py::module_& parent) {
   add_arena(parent);
-  py::module_ m = parent.def_submodule("cache", "Sequences by handle. One thread at a time uses a sequence: BusyError.");
+  py::module_ m =
+      parent.def_submodule("cache", "Sequences by handle. One thread at a time uses a sequence: BusyError.");
   using Unlocked = py::call_guard<py::gil_scoped_release>;
   m.def("open", &open, py::arg("layers"), py::arg("formats"), py::arg("recent_window"), py::arg("sink_tokens"),
         py::arg("max_tokens"), py::arg("arena"), py::arg("thresholds") = py::none(),
         "layers: (kv_heads, head_dim, local_window) each; thresholds: None or (l1, l2, gamma) -> handle");
-  m.def("close", &kv::close_sequence, py::arg("handle"), Unlocked(), "Waits for a call in flight, then frees the sequence.");
-  m.def("abandon", &kv::abandon, py::arg("handle"), Unlocked(), "Drops the open step; the new handle. The old one is refused.");
+  m.def("close", &kv::close_sequence, py::arg("handle"), Unlocked(),
+        "Waits for a call in flight, then frees the sequence.");
+  m.def("abandon", &kv::abandon, py::arg("handle"), Unlocked(),
+        "Drops the open step; the new handle. The old one is refused.");
   m.def("open_sequences", &kv::open_sequences);
   m.def("fork", [](Handle handle) { return kv::open_sequence(Lease(handle)->fork()); }, py::arg("handle"), Unlocked());
   m.def("length", [](Handle handle) { return Lease(handle)->length(); }, py::arg("handle"));
   m.def("pending", [](Handle handle) { return Lease(handle)->pending(); }, py::arg("handle"));
   m.def("kept_from", [](Handle handle) { return Lease(handle)->kept_from(); }, py::arg("handle"));
   m.def("rewind_floor", [](Handle handle) { return Lease(handle)->rewind_floor(); }, py::arg("handle"));
-  m.def("enter", [](Handle handle, std::size_t layer, std::int64_t past, std::int64_t tokens) {
+  m.def(
+      "enter",
+      [](Handle handle, std::size_t layer, std::int64_t past, std::int64_t tokens) {
         Lease(handle)->enter(layer, past, tokens);
-      }, py::arg("handle"), py::arg("layer"), py::arg("past"), py::arg("tokens"), Unlocked());
-  m.def("begin", [](Handle handle, std::int64_t tokens) { Lease(handle)->begin(tokens); }, py::arg("handle"), py::arg("tokens"),
-        Unlocked());
+      },
+      py::arg("handle"), py::arg("layer"), py::arg("past"), py::arg("tokens"), Unlocked());
+  m.def(
+      "begin", [](Handle handle, std::int64_t tokens) { Lease(handle)->begin(tokens); }, py::arg("handle"),
+      py::arg("tokens"), Unlocked());
   add_step<float>(m);
   add_step<Half>(m);
   m.def("commit", [](Handle handle) { Lease(handle)->commit(); }, py::arg("handle"), Unlocked());
   m.def("rollback", [](Handle handle) { Lease(handle)->rollback(); }, py::arg("handle"), Unlocked());
-  m.def("rewind", [](Handle handle, std::int64_t length) { Lease(handle)->rewind(length); }, py::arg("handle"),
-        py::arg("length"), Unlocked());
+  m.def(
+      "rewind", [](Handle handle, std::int64_t length) { Lease(handle)->rewind(length); }, py::arg("handle"),
+      py::arg("length"), Unlocked());
   m.def("clear", [](Handle handle) { Lease(handle)->clear(); }, py::arg("handle"), Unlocked());
-  m.def("demote", [](Handle handle, std::size_t layer, std::size_t head, std::size_t index, const std::string& format) {
+  m.def(
+      "demote",
+      [](Handle handle, std::size_t layer, std::size_t head, std::size_t index, const std::string& format) {
         return Lease(handle)->demote(layer, head, index, format_of(format));
-      }, py::arg("handle"), py::arg("layer"), py::arg("head"), py::arg("index"), py::arg("format"), Unlocked());
-  m.def("grid_blocks", [](Handle handle, std::size_t layer) { return Lease(handle)->grid_blocks(layer); }, py::arg("handle"),
-        py::arg("layer"));
+      },
+      py::arg("handle"), py::arg("layer"), py::arg("head"), py::arg("index"), py::arg("format"), Unlocked());
+  m.def(
+      "grid_blocks", [](Handle handle, std::size_t layer) { return Lease(handle)->grid_blocks(layer); },
+      py::arg("handle"), py::arg("layer"));
   m.def("read", &read, py::arg("handle"), py::arg("layer"), py::arg("head"), py::arg("position"));
   m.def("scores", &scores, py::arg("handle"), py::arg("layer"), py::arg("head"));
   m.def("formats", &formats, py::arg("handle"), py::arg("layer"), py::arg("head"));
   m.def("stats", &sequence_stats, py::arg("handle"));
-  m.def("take_error", [](Handle handle) -> py::object {
+  m.def(
+      "take_error",
+      [](Handle handle) -> py::object {
         const std::optional<Error> error = kv::take_error(handle);
         return error ? error_object(*error) : py::none();
-      }, py::arg("handle"));
+      },
+      py::arg("handle"));
 }
 
 }  // namespace inferos::bindings

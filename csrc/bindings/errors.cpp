@@ -39,7 +39,8 @@ py::object error_object(const Error& error) {
 
 void add_errors(py::module_& /*m*/) {
   const py::module_ errors = py::module_::import("inferos.errors");
-  for (std::size_t i = 0; i < kMappings.size(); ++i) classes()[i] = py::object(errors.attr(kMappings[i].name)).release();
+  for (std::size_t i = 0; i < kMappings.size(); ++i)
+    classes()[i] = py::object(errors.attr(kMappings[i].name)).release();
   py::register_local_exception_translator([](std::exception_ptr thrown) {
     try {
       if (thrown) std::rethrow_exception(thrown);

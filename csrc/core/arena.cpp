@@ -26,7 +26,8 @@ namespace {
 constexpr std::size_t kAlign = 64;
 constexpr std::size_t kMinSlabBytes = std::size_t{64} << 10;
 constexpr std::size_t kMaxSlabBytes = kHugePageBytes;
-constexpr std::size_t kGrowth = 16;    // a slab is at most this part of what is reserved: the unused end of one stays small
+constexpr std::size_t kGrowth =
+    16;  // a slab is at most this part of what is reserved: the unused end of one stays small
 constexpr std::size_t kLookAhead = 8;  // slabs compared to find the fullest: emptier ones get the chance to drain
 
 const char* tag_name(ArenaTag tag) noexcept {
@@ -48,8 +49,8 @@ struct Slab {
   ~Slab() { ASAN_UNPOISON_MEMORY_REGION(memory.data(), memory.size()); }  // another mapping may get these pages
 
   AlignedBuffer memory;
-  std::size_t blocks = 0;            // that fit
-  std::size_t carved = 0;            // handed out at least once: untouched pages behind them cost no memory yet
+  std::size_t blocks = 0;  // that fit
+  std::size_t carved = 0;  // handed out at least once: untouched pages behind them cost no memory yet
   std::size_t live = 0;
   std::vector<std::uint32_t> freed;  // capacity for all blocks, so that release cannot fail
 };
@@ -71,9 +72,10 @@ struct Arena::State {
   std::vector<std::unique_ptr<Slab>> slabs;  // ascending in address
 
   std::vector<std::unique_ptr<Slab>>::iterator slab_after(const std::byte* address) {
-    return std::upper_bound(slabs.begin(), slabs.end(), address, [](const std::byte* a, const std::unique_ptr<Slab>& slab) {
-      return std::less<>{}(a, static_cast<const std::byte*>(slab->memory.data()));
-    });
+    return std::upper_bound(slabs.begin(), slabs.end(), address,
+                            [](const std::byte* a, const std::unique_ptr<Slab>& slab) {
+                              return std::less<>{}(a, static_cast<const std::byte*>(slab->memory.data()));
+                            });
   }
 
   void drop(SizeClass& size_class, Slab* slab) noexcept {
@@ -121,9 +123,9 @@ struct Arena::State {
     slabs.reserve(slabs.size() + 1);
     slab->memory = AlignedBuffer::map(size, huge_pages);
     if (slab->memory.data() == nullptr) {
-      throw Error(ErrorCode::kBudget, "arena: the operating system refused " + std::to_string(size) + " bytes for a slab of " +
-                                          std::string(tag_name(tag)) + "s; " + std::to_string(stats.reserved_bytes) +
-                                          " bytes are reserved");
+      throw Error(ErrorCode::kBudget, "arena: the operating system refused " + std::to_string(size) +
+                                          " bytes for a slab of " + std::string(tag_name(tag)) + "s; " +
+                                          std::to_string(stats.reserved_bytes) + " bytes are reserved");
     }
     ASAN_POISON_MEMORY_REGION(slab->memory.data(), slab->memory.size());
     Slab* added = slab.get();
@@ -139,7 +141,8 @@ struct Arena::State {
   // The fullest of the first few slabs with room, else the empty one, else a new one. Returns it listed in `open`.
   Slab* slab_with_room(SizeClass& size_class, std::size_t bytes, ArenaTag tag) {
     if (size_class.open.empty()) {
-      Slab* slab = size_class.empty != nullptr ? std::exchange(size_class.empty, nullptr) : add_slab(size_class, bytes, tag);
+      Slab* slab =
+          size_class.empty != nullptr ? std::exchange(size_class.empty, nullptr) : add_slab(size_class, bytes, tag);
       size_class.open.push_back(slab);
       return slab;
     }
@@ -149,9 +152,10 @@ struct Arena::State {
   }
 
   std::string refusal(std::size_t bytes, ArenaTag tag) const {
-    return "arena: " + std::to_string(bytes) + " bytes for one " + tag_name(tag) + " do not fit: " +
-           std::to_string(stats.reserved_bytes) + " bytes are reserved, " + std::to_string(stats.used_bytes) +
-           " of them in use, the budget is " + std::to_string(stats.budget_bytes) + " bytes";
+    return "arena: " + std::to_string(bytes) + " bytes for one " + tag_name(tag) +
+           " do not fit: " + std::to_string(stats.reserved_bytes) + " bytes are reserved, " +
+           std::to_string(stats.used_bytes) + " of them in use, the budget is " + std::to_string(stats.budget_bytes) +
+           " bytes";
   }
 };
 

@@ -19,7 +19,8 @@ class Block {
   // `capacity` tokens, 64 for packed formats. Error{kBudget}. Whoever holds a block also holds its arena.
   Block(Arena& arena, Format format, std::size_t head_dim, std::size_t capacity)
       : arena_(arena),
-        bytes_(format == Format::kF16 ? kernels::f16_block_bytes(head_dim, capacity) : kernels::block_bytes(format, head_dim)),
+        bytes_(format == Format::kF16 ? kernels::f16_block_bytes(head_dim, capacity)
+                                      : kernels::block_bytes(format, head_dim)),
         data_(arena.allocate(bytes_, static_cast<ArenaTag>(format))),
         capacity_(static_cast<std::uint16_t>(capacity)),
         format_(format) {}

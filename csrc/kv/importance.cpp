@@ -186,7 +186,8 @@ void LayerScores::rank(const Grid& grid, const LayerStore& store, std::size_t he
 void LayerScores::demote_lowest(int level, double share) noexcept {
   // The margin: 0.3 * 10 must be 3, not the 3.0000000000000004 that 1 - 0.7 makes of it.
   const auto allowed = static_cast<std::ptrdiff_t>(std::ceil(share * static_cast<double>(ranking_.size()) - 1e-9));
-  auto above = std::count_if(ranking_.begin(), ranking_.end(), [&](const Ranked& block) { return block.level < level; });
+  auto above =
+      std::count_if(ranking_.begin(), ranking_.end(), [&](const Ranked& block) { return block.level < level; });
   for (Ranked& block : ranking_) {
     if (above <= allowed) return;
     if (block.level >= level) continue;

@@ -21,7 +21,7 @@ namespace inferos::kv {
 
 // Targets for shares of the blocks outside the window: at most 1 - l1 of them FP16, at most 1 - l2 of them FP16 or INT8.
 struct Thresholds {
-  double l1 = 1.0;       // 0 <= l2 <= l1 <= 1
+  double l1 = 1.0;  // 0 <= l2 <= l1 <= 1
   double l2 = 0.7;
   double gamma = 0.997;  // decay of an average, per token; 0 < gamma < 1
 };
@@ -38,7 +38,7 @@ class ScoreRecord {
   ScoreRecord(const ScoreRecord&) = delete;
   ScoreRecord& operator=(const ScoreRecord&) = delete;
 
-  std::uint16_t* average() const noexcept { return data_; }                   // of the mass, times kMassUnit
+  std::uint16_t* average() const noexcept { return data_; }  // of the mass, times kMassUnit
   std::uint16_t* norm() const noexcept { return data_ + kBlockTokens; }
 
   static constexpr std::size_t kBytes = 2 * kBlockTokens * sizeof(std::uint16_t);
@@ -79,7 +79,8 @@ class LayerScores {
   std::vector<Demotion> next_demotions(const LayerStore& store, std::int64_t length);
   void demoted(std::int64_t length) noexcept;  // those of next_demotions are done
 
-  double score(const Grid& grid, std::size_t head, std::size_t index) const noexcept;  // < 0 where nothing was measured yet
+  double score(const Grid& grid, std::size_t head,
+               std::size_t index) const noexcept;  // < 0 where nothing was measured yet
   std::size_t bytes() const noexcept { return records_.size() * ScoreRecord::kBytes; }
 
  private:
@@ -104,17 +105,17 @@ class LayerScores {
   std::size_t head_dim_;
   Thresholds thresholds_;
   Format narrowest_;
-  std::size_t first_ = 0;           // grid index of the first block held
-  std::int64_t folded_at_ = 0;      // visible tokens at the last sample
-  std::int64_t reviewed_at_ = 0;    // committed tokens at the last review
-  std::int64_t demoted_at_ = -1;    // committed tokens when the last few were demoted
-  double keep_ = 0.0;               // what the last sample left of the averages
-  std::size_t cursor_ = 0;          // verdicts below it are carried out
-  std::size_t next_cursor_ = 0;     // the same, once the open step has demoted its share
-  std::vector<ScorePtr> records_;   // at(head, index)
-  std::vector<Verdict> verdicts_;   // at(head, index)
-  std::vector<double> weights_;     // per block: what the average's weights sum to, 0 before the first sample
-  std::vector<Ranked> ranking_;     // scratch of a review, one entry per block
+  std::size_t first_ = 0;          // grid index of the first block held
+  std::int64_t folded_at_ = 0;     // visible tokens at the last sample
+  std::int64_t reviewed_at_ = 0;   // committed tokens at the last review
+  std::int64_t demoted_at_ = -1;   // committed tokens when the last few were demoted
+  double keep_ = 0.0;              // what the last sample left of the averages
+  std::size_t cursor_ = 0;         // verdicts below it are carried out
+  std::size_t next_cursor_ = 0;    // the same, once the open step has demoted its share
+  std::vector<ScorePtr> records_;  // at(head, index)
+  std::vector<Verdict> verdicts_;  // at(head, index)
+  std::vector<double> weights_;    // per block: what the average's weights sum to, 0 before the first sample
+  std::vector<Ranked> ranking_;    // scratch of a review, one entry per block
 };
 
 }  // namespace inferos::kv

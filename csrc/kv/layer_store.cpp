@@ -94,7 +94,8 @@ void LayerStore::write(const Grid& grid, std::int64_t from, std::int64_t to, con
   const auto put = [&](const Block& block, std::size_t h, std::int64_t start, std::int64_t begin, std::int64_t end) {
     for (std::int64_t p = begin; p < end; ++p) {
       const std::size_t offset = static_cast<std::size_t>(p - from) * row + h * d;
-      kernels::store_f16_token(block.data(), d, block.capacity(), static_cast<std::size_t>(p - start), k + offset, v + offset);
+      kernels::store_f16_token(block.data(), d, block.capacity(), static_cast<std::size_t>(p - start), k + offset,
+                               v + offset);
     }
   };
   const std::int64_t sink_end = std::min<std::int64_t>(static_cast<std::int64_t>(sink_tokens_), to);
@@ -196,7 +197,8 @@ LayerStore LayerStore::fork(Arena& arena) const {
   return copy;
 }
 
-void LayerStore::read(const Grid& grid, std::size_t head, std::int64_t position, float* k, float* v, Format* format) const {
+void LayerStore::read(const Grid& grid, std::size_t head, std::int64_t position, float* k, float* v,
+                      Format* format) const {
   const bool in_sink = position < static_cast<std::int64_t>(sink_tokens_);
   const std::size_t index = in_sink ? 0 : grid.find(position);
   const Block& block = in_sink ? *heads_[head].sink : *heads_[head].blocks[index - first_];

@@ -14,9 +14,10 @@
 namespace inferos::kv {
 
 struct LayerShape {
-  std::size_t kv_heads;       // 1..1024
-  std::size_t head_dim;       // multiple of 16 in 16..256
-  std::int32_t local_window;  // -1 = all tokens; else the newest local_window + 1 positions (the query's own included) are visible
+  std::size_t kv_heads;  // 1..1024
+  std::size_t head_dim;  // multiple of 16 in 16..256
+  std::int32_t
+      local_window;  // -1 = all tokens; else the newest local_window + 1 positions (the query's own included) are visible
 };
 
 // Blocks of one (layer, kv head), by format; the order inside a format is ascending in position.
@@ -38,15 +39,15 @@ struct Demotion {
   std::size_t head;
   std::size_t index;  // in the grid
   Format format;
-  BlockPtr block;     // where it goes to
+  BlockPtr block;  // where it goes to
 };
 
 // Memory one step may need in one layer, taken before the step changes anything.
 struct Reservation {
   std::vector<BlockPtr> packed;  // for the blocks that are due: by grid index, then head
   std::vector<Demotion> demotions;
-  std::vector<BlockPtr> sinks;   // one per head, or none
-  std::vector<BlockPtr> fresh;   // by grid index, then head
+  std::vector<BlockPtr> sinks;  // one per head, or none
+  std::vector<BlockPtr> fresh;  // by grid index, then head
 };
 
 class LayerStore {
@@ -71,7 +72,9 @@ class LayerStore {
   void truncate(const Grid& grid, std::int64_t length) noexcept;
   // Frees blocks before `position`, never the last one.
   void forget_before(const Grid& grid, std::int64_t position) noexcept;
-  Format format(std::size_t head, std::size_t index) const noexcept { return heads_[head].blocks[index - first_]->format(); }
+  Format format(std::size_t head, std::size_t index) const noexcept {
+    return heads_[head].blocks[index - first_]->format();
+  }
   // Whether a head holds block `index` packed.
   bool any_packed(std::size_t index) const noexcept;
   bool demote(Arena& arena, const Grid& grid, std::size_t head, std::size_t index, Format format);

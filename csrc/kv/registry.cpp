@@ -76,10 +76,12 @@ Slot& bar(Handle handle) {
 // Adds a chunk's worth of free slots. The caller holds the mutex.
 void grow(Registry& r) {
   const std::size_t index = r.owned.size();
-  if (index == kChunks) throw Error(ErrorCode::kBudget, "open_sequence: " + std::to_string(r.open.load()) + " are open");
+  if (index == kChunks)
+    throw Error(ErrorCode::kBudget, "open_sequence: " + std::to_string(r.open.load()) + " are open");
   r.free.reserve((index + 1) * kChunkSlots);  // giving a slot back never fails
   r.owned.push_back(std::make_unique<Chunk>());
-  for (std::size_t i = kChunkSlots; i > 0; --i) r.free.push_back(static_cast<std::uint32_t>(index * kChunkSlots + i - 1));
+  for (std::size_t i = kChunkSlots; i > 0; --i)
+    r.free.push_back(static_cast<std::uint32_t>(index * kChunkSlots + i - 1));
   r.chunks[index].store(r.owned.back().get(), std::memory_order_release);
 }
 
@@ -147,7 +149,8 @@ Lease::Lease(Handle handle) : slot_(slot_of(handle)), held_(true) {
   Slot* slot = slot_for(handle);
   if (slot == nullptr) throw closed(handle);
   std::uint64_t word = generation_of(handle) << 2;
-  if (slot->word.compare_exchange_strong(word, word | kBusy, std::memory_order_acquire, std::memory_order_relaxed)) return;
+  if (slot->word.compare_exchange_strong(word, word | kBusy, std::memory_order_acquire, std::memory_order_relaxed))
+    return;
   if (word != (generation_of(handle) << 2 | kBusy)) throw closed(handle);
   throw Error(ErrorCode::kBusy, "sequence handle " + std::to_string(handle) + " is in use by another call");
 }

@@ -15,7 +15,8 @@ using Handle = std::int64_t;  // > 0
 // Process-wide. Opening and closing take a mutex; holding a sequence is one compare-and-swap on its slot's state word
 // (generation and a busy bit), so nothing is locked on the decode path.
 Handle open_sequence(std::unique_ptr<SequenceCache> cache);
-// Waits for a call in flight to end, then frees the sequence. Error{kClosed} where the handle is not current.
+// Waits for the lease in flight to end, then frees the sequence; so does abandon: never call them under a lease of your own on it.
+// Error{kClosed} where the handle is not current.
 void close_sequence(Handle handle);
 // After a hang: waits for a layer call in flight inside our code, drops the open step and returns the sequence's new handle.
 // The old one is refused from now on, so a run that finishes late cannot write.

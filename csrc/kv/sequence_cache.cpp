@@ -12,7 +12,8 @@
 namespace inferos::kv {
 namespace {
 
-constexpr std::int64_t kMaxTokens = std::numeric_limits<std::int32_t>::max() - 64;  // positions, and the end of a block, fit int32
+constexpr std::int64_t kMaxTokens =
+    std::numeric_limits<std::int32_t>::max() - 64;  // positions, and the end of a block, fit int32
 
 std::string text(std::int64_t value) { return std::to_string(value); }
 std::string text(std::size_t value) { return std::to_string(value); }
@@ -35,8 +36,9 @@ void check(const CacheOptions& options) {
   if (options.thresholds) {
     const auto& [l1, l2, gamma] = *options.thresholds;
     if (!(0.0 <= l2 && l2 <= l1 && l1 <= 1.0) || !(0.0 < gamma && gamma < 1.0)) {
-      throw Error(ErrorCode::kConfig, "SequenceCache: thresholds l1 " + std::to_string(l1) + ", l2 " + std::to_string(l2) +
-                                          ", gamma " + std::to_string(gamma) + ": wanted 0 <= l2 <= l1 <= 1, 0 < gamma < 1");
+      throw Error(ErrorCode::kConfig, "SequenceCache: thresholds l1 " + std::to_string(l1) + ", l2 " +
+                                          std::to_string(l2) + ", gamma " + std::to_string(gamma) +
+                                          ": wanted 0 <= l2 <= l1 <= 1, 0 < gamma < 1");
     }
   }
   for (std::size_t i = 0; i < options.layers.size(); ++i) {
@@ -86,7 +88,7 @@ struct SequenceCache::State {
   std::vector<std::uint64_t> appended_in;  // per layer: the last step_number it appended in
   std::array<Grid, 2> grids;               // layers with sinks; sliding-window layers
   std::vector<LayerStore> layers;
-  std::vector<LayerScores> scores;         // per layer, or empty without thresholds
+  std::vector<LayerScores> scores;  // per layer, or empty without thresholds
 
   State(CacheOptions given, std::shared_ptr<Arena> memory)
       : options(std::move(given)),
@@ -122,7 +124,8 @@ struct SequenceCache::State {
       fresh[kind] = grids[kind].prepare(end);
     }
     const bool sinks = length == 0 && options.sink_tokens > 0;
-    bool behind = std::any_of(scores.begin(), scores.end(), [](const LayerScores& layer) { return layer.has_backlog(); });
+    bool behind =
+        std::any_of(scores.begin(), scores.end(), [](const LayerScores& layer) { return layer.has_backlog(); });
     for (std::size_t i = 0; i < layers.size() && !behind; ++i) behind = layers[i].is_behind(grid(i));
     std::vector<LayerStep> reserved;
     if (!sinks && !behind && fresh[0] == 0 && fresh[1] == 0) return reserved;  // most decode steps
@@ -209,9 +212,9 @@ void SequenceCache::enter(std::size_t layer, std::int64_t past, std::int64_t tok
   const bool joins = step.tokens != 0 && step.appended != 0 && !s.has_appended(layer);
   if (joins) {
     if (past == s.length && tokens == step.tokens) return;
-    throw Error(ErrorCode::kSequence, "enter: layer " + text(layer) + " has past " + text(past) + " and " + text(tokens) +
-                                          " tokens, but the open step has past " + text(s.length) + " and " +
-                                          text(step.tokens) + " tokens");
+    throw Error(ErrorCode::kSequence, "enter: layer " + text(layer) + " has past " + text(past) + " and " +
+                                          text(tokens) + " tokens, but the open step has past " + text(s.length) +
+                                          " and " + text(step.tokens) + " tokens");
   }
   if (s.is_whole() && past > s.length && past <= s.length + step.tokens) commit();
   if (past < 0 || past > s.length) {
@@ -228,7 +231,8 @@ void SequenceCache::begin(std::int64_t tokens) {
   const std::int64_t room = static_cast<std::int64_t>(s.options.max_tokens) - s.length;
   if (tokens < 1 || tokens > room) {
     throw Error(ErrorCode::kShape, "begin: " + text(tokens) + " tokens behind " + text(s.length) +
-                                       " is not within 1.." + text(room) + " (max_tokens " + text(s.options.max_tokens) + ")");
+                                       " is not within 1.." + text(room) + " (max_tokens " +
+                                       text(s.options.max_tokens) + ")");
   }
   s.step.reserved = s.reserve(tokens);
   s.step.tokens = tokens;
@@ -288,7 +292,8 @@ void SequenceCache::rollback() noexcept {
 bool SequenceCache::wants_mass(std::size_t layer) const {
   const State& s = *state_;
   s.check_layer("wants_mass", layer);
-  return !s.scores.empty() && s.has_appended(layer) && s.scores[layer].wants_mass(s.grid(layer), s.length + s.step.tokens);
+  return !s.scores.empty() && s.has_appended(layer) &&
+         s.scores[layer].wants_mass(s.grid(layer), s.length + s.step.tokens);
 }
 
 void SequenceCache::fold_mass(std::size_t layer, std::span<const float> mass) {
@@ -306,7 +311,8 @@ double SequenceCache::score(std::size_t layer, std::size_t head, std::size_t ind
   const State& s = *state_;
   s.check_layer("score", layer);
   if (head >= s.options.layers[layer].kv_heads || index >= s.grid(layer).size()) {
-    throw Error(ErrorCode::kShape, "score: head " + text(head) + ", block " + text(index) + " of " + text(s.grid(layer).size()));
+    throw Error(ErrorCode::kShape,
+                "score: head " + text(head) + ", block " + text(index) + " of " + text(s.grid(layer).size()));
   }
   return s.scores.empty() ? -1.0 : s.scores[layer].score(s.grid(layer), head, index);
 }

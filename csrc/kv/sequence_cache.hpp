@@ -28,14 +28,14 @@
 namespace inferos::kv {
 
 struct CacheOptions {
-  std::vector<LayerShape> layers;       // 1..4096
-  std::vector<Format> formats;          // per layer: what a block becomes when it leaves the window; kF16 = it stays
+  std::vector<LayerShape> layers;  // 1..4096
+  std::vector<Format> formats;     // per layer: what a block becomes when it leaves the window; kF16 = it stays
   // `auto`: a block becomes INT8 when it leaves the window (stays FP16 where l1 < 1); reviews (importance.hpp) then pack it narrower
   // by importance, at most to the layer's format.
   std::optional<Thresholds> thresholds{};
-  std::size_t recent_window = 64;       // 16..512 tokens
-  std::size_t sink_tokens = 4;          // 0..64
-  std::size_t max_tokens = 1u << 30;    // Error{kShape} beyond it
+  std::size_t recent_window = 64;     // 16..512 tokens
+  std::size_t sink_tokens = 4;        // 0..64
+  std::size_t max_tokens = 1u << 30;  // Error{kShape} beyond it
 };
 
 // Not thread-safe: the caller holds the sequence (registry.hpp's Lease).
@@ -47,10 +47,12 @@ class SequenceCache {
   SequenceCache& operator=(const SequenceCache&) = delete;
 
   const CacheOptions& options() const noexcept;
-  std::int64_t length() const noexcept;           // committed tokens
-  std::int64_t pending() const noexcept;          // tokens of the open step, 0 = none
-  std::int64_t kept_from() const noexcept;        // first position that every layer still holds (sliding windows lose the past)
-  std::int64_t rewind_floor() const noexcept;     // shortest length but 0 whose next token still sees all that its layers show it
+  std::int64_t length() const noexcept;   // committed tokens
+  std::int64_t pending() const noexcept;  // tokens of the open step, 0 = none
+  std::int64_t kept_from()
+      const noexcept;  // first position that every layer still holds (sliding windows lose the past)
+  std::int64_t rewind_floor()
+      const noexcept;  // shortest length but 0 whose next token still sees all that its layers show it
 
   // For the op: the first call of a step begins it, later layers join. `past` says what the host believes is cached:
   //   past == length()                          a new step; an open one, whole or not, is dropped
@@ -59,10 +61,10 @@ class SequenceCache {
   // A layer that already ran in the open step also means a new step. Errors: kSequence (a gap, another past or count than the
   // open step's), kRewind, kBudget (nothing changed), kShape.
   void enter(std::size_t layer, std::int64_t past, std::int64_t tokens);
-  void begin(std::int64_t tokens);                // drops an open step, then begins one at length()
+  void begin(std::int64_t tokens);  // drops an open step, then begins one at length()
   // k, v: [tokens][kv_heads][head_dim] f32, keys already rotated by their position.
   void append(std::size_t layer, const float* k, const float* v);
-  void commit();                                  // Error{kSequence} unless every layer has appended
+  void commit();  // Error{kSequence} unless every layer has appended
   void rollback() noexcept;
 
   // Whether the attention of this layer's appended step should yield its mass; and that mass, [kv_heads][visible_length(layer)].

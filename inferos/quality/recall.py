@@ -28,7 +28,6 @@ __all__ = [
     "Filler",
     "Prompt",
     "Recall",
-    "TASKS",
     "TextEncoder",
     "WordFiller",
     "default_filler",
