@@ -46,6 +46,11 @@ make_venv() {
 build_cpp() {
   local build=$1 target=$2
   shift 2
+  if ! command -v cmake >/dev/null; then
+    python3 -m venv "$work/cmake"
+    "$work/cmake/bin/pip" install --quiet cmake ninja
+    PATH=$work/cmake/bin:$PATH
+  fi
   cmake -S "$root" -B "$build" -DINFEROS_PYTHON=OFF -DINFEROS_CPP_TESTS=ON "$@" >"$work/cmake.log" || { cat "$work/cmake.log"; return 1; }
   cmake --build "$build" --target "$target" --parallel 2
 }

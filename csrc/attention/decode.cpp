@@ -2,9 +2,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <memory>
 #include <vector>
 
-#include "attention/mass.hpp"
 #include "attention/plan.hpp"
 #include "kernels/hadamard.hpp"
 #include "kernels/scalar/exp.hpp"
@@ -108,14 +108,20 @@ void run_span(const Job& job, const Shape& shape, std::size_t span) noexcept {
   }
 }
 
-// `total` becomes the heads' weights.
-void add_mass(const Job& job, const Shape& shape, const float* top, float* total) noexcept {
+// `total` becomes the heads' weights, and `top` 0 where a head saw nothing. A token whose probability is not a number gets none.
+void add_mass(const Job& job, const Shape& shape, float* top, float* total) noexcept {
   const float share = job.mass_weight / static_cast<float>(shape.group);
-  for (std::size_t g = 0; g < shape.group; ++g) total[g] = total[g] == 0.0F ? 0.0F : share / total[g];
+  for (std::size_t g = 0; g < shape.group; ++g) {
+    if (total[g] == 0.0F) top[g] = 0.0F;
+    total[g] = total[g] == 0.0F ? 0.0F : share / total[g];
+  }
   const float* logits = job.logits;
   for (const auto& list : job.lists) {
     for (const BlockView& block : list) {
-      add_block_mass(block, logits, shape.group, top, total, job.mass);
+      float sum[kBlockTokens];
+      kernels::attend().mass(logits, shape.group, top, total, sum);
+      float* const mass = job.mass + block.start;
+      for (std::size_t t = block.begin; t < block.end; ++t) mass[t] += sum[t] > 0.0F ? sum[t] : 0.0F;
       logits += shape.group * kBlockTokens;
     }
   }
@@ -179,11 +185,11 @@ void decode_rows(std::span<const RowPlan> rows, const Shape& shape, Executor& ex
     }
   }
   Floats partials;
-  std::vector<float> logits(logit_floats);
+  const auto logits = std::make_unique_for_overwrite<float[]>(logit_floats);
   Call call{shape, std::move(jobs), std::move(tasks),
             std::vector<std::atomic<std::size_t>>(rows.size() * shape.kv_heads)};
   float* next_partial = partials.at_least(call.tasks.size() * partial_floats(shape));
-  float* next_logits = logits.data();
+  float* next_logits = logits.get();
   for (std::size_t j = 0; j < call.jobs.size(); ++j) {
     Job& job = call.jobs[j];
     job.partials = next_partial;

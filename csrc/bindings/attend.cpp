@@ -146,6 +146,21 @@ void prefill(const Attend& kernel, const Floats& q, const Floats& k, const Float
   kernel.prefill(tile);
 }
 
+Floats mass(const Attend& kernel, const Floats& logits, const Floats& top, const Floats& weight) {
+  const auto group = static_cast<std::size_t>(top.size());
+  expect(top, "top", {group});
+  expect(weight, "weight", {group});
+  expect(logits, "logits", {group, kBlockTokens});
+  Floats sum(static_cast<py::ssize_t>(kBlockTokens));
+  float* const to = sum.mutable_data();
+  const float* const from = logits.data();
+  const float* const tops = top.data();
+  const float* const weights = weight.data();
+  const py::gil_scoped_release unlocked;
+  kernel.mass(from, group, tops, weights, to);
+  return sum;
+}
+
 }  // namespace
 
 void add_attend(py::module_& m) {
@@ -160,7 +175,9 @@ void add_attend(py::module_& m) {
       .def("prefill", &prefill, py::arg("q").noconvert(), py::arg("k").noconvert(), py::arg("v").noconvert(),
            py::arg("start"), py::arg("begin"), py::arg("end"), py::arg("visible").noconvert(), py::arg("scale"),
            py::arg("softcap"), py::arg("o").noconvert(), py::arg("m").noconvert(), py::arg("l").noconvert(),
-           "Many query rows over one expanded block; o, m and l are read and updated.");
+           "Many query rows over one expanded block; o, m and l are read and updated.")
+      .def("mass", &mass, py::arg("logits").noconvert(), py::arg("top").noconvert(), py::arg("weight").noconvert(),
+           "(group, 64) logits -> (64,): the sum over the group of weight * exp(logits - top).");
   m.def(
       "attend_runnable",
       [] {

@@ -18,15 +18,15 @@ enum class ArenaTag : std::uint8_t { kF16 = 0, kInt8 = 1, kK8V4 = 2, kInt4 = 3, 
 inline constexpr std::size_t kArenaTags = 5;
 
 struct ArenaStats {
-  std::size_t budget_bytes;                         // 0 = no limit
-  std::size_t reserved_bytes;                       // slabs held from the operating system
+  std::size_t budget_bytes;    // 0 = no limit
+  std::size_t reserved_bytes;  // slabs held from the operating system
   std::size_t reserved_high_water_bytes;
-  std::size_t used_bytes;                           // live blocks
+  std::size_t used_bytes;  // live blocks
   std::size_t used_high_water_bytes;
   std::array<std::size_t, kArenaTags> used_by_tag;  // live blocks by purpose
   std::size_t live_blocks;
   std::size_t slabs;
-  std::size_t huge_slabs;                           // slabs for which the OS was asked for, and accepted, huge pages
+  std::size_t huge_slabs;  // slabs for which the OS was asked for, and accepted, huge pages
 };
 
 // Thread-safe. Allocation happens once every 64 tokens, so one mutex is enough.

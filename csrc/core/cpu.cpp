@@ -96,9 +96,7 @@ std::string_view isa_name(Isa isa) noexcept {
 
 bool isa_runnable(Isa isa) noexcept { return isa <= best(); }
 
-std::span<const Isa> runnable_isas() noexcept {
-  return std::span(kAll).first(static_cast<std::size_t>(best()) + 1);
-}
+std::span<const Isa> runnable_isas() noexcept { return std::span(kAll).first(static_cast<std::size_t>(best()) + 1); }
 
 Isa active_isa() {
   static const Isa isa = choose();

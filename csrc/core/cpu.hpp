@@ -8,9 +8,9 @@ namespace inferos {
 
 enum class Isa { kScalar = 0, kAvx2 = 1, kAvx512Vnni = 2 };
 
-std::string_view isa_name(Isa isa) noexcept;          // "scalar", "avx2", "avx512vnni"
-bool isa_runnable(Isa isa) noexcept;                  // cpuid and xgetbv, asked once
-std::span<const Isa> runnable_isas() noexcept;        // scalar first, fastest last
+std::string_view isa_name(Isa isa) noexcept;    // "scalar", "avx2", "avx512vnni"
+bool isa_runnable(Isa isa) noexcept;            // cpuid and xgetbv, asked once
+std::span<const Isa> runnable_isas() noexcept;  // scalar first, fastest last
 // Fastest runnable one, or the one named by the environment variable INFEROS_ISA, read once.
 // Throws Error{kConfig} where INFEROS_ISA names none, or one this CPU cannot run.
 Isa active_isa();

@@ -90,6 +90,9 @@ struct Attend {
   // s = scale * (q . k) by fma over d ascending; then softcap, mask, m, alpha, p, l as in decode; o by fma over
   // t = begin..end-1 ascending from o * alpha, with p = 0 for tokens the row does not see.
   void (*prefill)(const PrefillTile& tile) noexcept;
+  // Attention mass of a block: sum[t] = weight[g] * exp(logits[g][t] - top[g]) by fma over g ascending, from 0.
+  // logits [group][64] as decode left them, top and weight [group], sum [64]; no logit above its head's top.
+  void (*mass)(const float* logits, std::size_t group, const float* top, const float* weight, float* sum) noexcept;
 };
 
 std::span<const Attend> attend_runnable();

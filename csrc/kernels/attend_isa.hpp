@@ -37,7 +37,8 @@ static inline TokenRange visible_tokens(std::int32_t start, std::uint16_t begin,
 #define INFEROS_DECLARE_ATTEND                                                                           \
   void attend_decode(const DecodeTask& task) noexcept;                                                   \
   void attend_expand(Format format, const BlockView& block, std::size_t d, float* k, float* v) noexcept; \
-  void attend_prefill(const PrefillTile& tile) noexcept
+  void attend_prefill(const PrefillTile& tile) noexcept;                                                 \
+  void attend_mass(const float* logits, std::size_t group, const float* top, const float* weight, float* sum) noexcept
 
 namespace scalar {
 INFEROS_DECLARE_ATTEND;

@@ -61,10 +61,10 @@ static constexpr std::size_t block_bytes(Format f, std::size_t d) noexcept {
 // What a kernel reads: one block and which of its tokens count.
 struct BlockView {
   const std::byte* data;
-  std::int32_t start;       // position of the block's token 0 in the sequence
-  std::uint16_t begin;      // first valid token of the block
-  std::uint16_t end;        // one past the last valid token
-  std::uint16_t capacity;   // tokens a F16 block was laid out for (V starts at capacity * D * 2 bytes); 64 for packed blocks
+  std::int32_t start;      // position of the block's token 0 in the sequence
+  std::uint16_t begin;     // first valid token of the block
+  std::uint16_t end;       // one past the last valid token
+  std::uint16_t capacity;  // tokens a F16 block was laid out for (V starts at capacity * D * 2 bytes); else 64
 };
 
 }  // namespace inferos::kernels

@@ -68,8 +68,8 @@ def _report(error: BaseException, *, debug: bool) -> int:
 
 def _given(error: BaseException) -> str:
     """The value that could not be read; newer typers leave it out of their message."""
-    details = getattr(error.__cause__, "errors", None)
-    return f" (given: {details()[0]['input']!r})" if callable(details) else ""
+    read: Any = getattr(error.__cause__, "errors", None)
+    return f" (given: {read()[0]['input']!r})" if read is not None else ""
 
 
 app = typer.Typer(

@@ -87,20 +87,31 @@ def measure_all(plan: Plan, progress: Progress) -> Outcome:
     """Every row of a plan, the uncompressed cache first."""
     outcome = Outcome()
     found: dict[str, Row] = {}
+    trace = _measure_baseline(plan, outcome, found, progress)
+    for kv in plan.formats:
+        if kv != plan.baseline:
+            found[kv] = _measure_format(plan, kv, trace, outcome, progress)
+    outcome.rows = [found[kv] for kv in plan.formats]
+    return outcome
+
+
+# A session dies with the call that opened it, so that two models are never in memory at once.
+
+
+def _measure_baseline(plan: Plan, outcome: Outcome, found: dict[str, Row], progress: Progress) -> Trace:
     progress.describe(f"{plan.baseline}: text")
     session = plan.open(plan.baseline)
     trace = record(session, plan.ids, prompt=plan.prompt, progress=progress.advance)
     if plan.baseline in plan.formats:
         found[plan.baseline] = _baseline_row(plan, trace, _recall(plan, session, plan.baseline, outcome, progress))
-    for kv in plan.formats:
-        if kv == plan.baseline:
-            continue
-        progress.describe(f"{kv}: text")
-        session = plan.open(kv)
-        outcome.measures[kv] = compare(trace, session, progress=progress.advance)
-        found[kv] = _row(kv, outcome.measures[kv], _recall(plan, session, kv, outcome, progress))
-    outcome.rows = [found[kv] for kv in plan.formats]
-    return outcome
+    return trace
+
+
+def _measure_format(plan: Plan, kv: str, trace: Trace, outcome: Outcome, progress: Progress) -> Row:
+    progress.describe(f"{kv}: text")
+    session = plan.open(kv)
+    outcome.measures[kv] = compare(trace, session, progress=progress.advance)
+    return _row(kv, outcome.measures[kv], _recall(plan, session, kv, outcome, progress))
 
 
 def _recall(plan: Plan, session: DecoderSession, kv: str, outcome: Outcome, progress: Progress) -> float | None:

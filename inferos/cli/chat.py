@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -33,6 +33,11 @@ from inferos.cli._options import (
     OptimizationOption,
     ThreadsOption,
 )
+from inferos.errors import ContextError
+
+if TYPE_CHECKING:
+    from inferos.runtime.generate import Generation
+    from inferos.runtime.model import Conversation
 
 __all__ = ["chat"]
 
@@ -88,11 +93,24 @@ def chat(
             if line == "/reset":
                 conversation.reset()
                 continue
-            generation = conversation.send(line)
+            generation = _send(conversation, line)
+            if generation is None:
+                continue
             _generation.stream(generation, to)
             turns.append({"user": line, "text": generation.text, **_generation.figures(generation)})
             typer.echo(_generation.one_line(turns[-1], loaded.kv), err=True)
         _output.write_json(json_path, {"schema": "inferos.chat/1", "model": model, "kv": loaded.kv, "turns": turns})
+
+
+def _send(conversation: Conversation, line: str) -> Generation | None:
+    """The answer to come; None where a person is told that there is no room left for one."""
+    try:
+        return conversation.send(line)
+    except ContextError as error:
+        if not sys.stdin.isatty():
+            raise
+        typer.echo(f"inferos: {error}; /reset forgets what was said", err=True)
+        return None
 
 
 def _lines() -> Iterator[str]:
@@ -102,13 +120,21 @@ def _lines() -> Iterator[str]:
         typer.echo(_HELP, err=True)
     while True:
         try:
-            line = input("> ") if interactive else sys.stdin.readline()
+            line = _ask() if interactive else sys.stdin.readline()
         except (EOFError, KeyboardInterrupt):
             return
-        if not interactive and not line:
+        if not line:
             return
         line = line.strip()
         if line == "/exit":
             return
         if line:
             yield line
+
+
+def _ask() -> str:
+    """One line from a person; the mark goes to stderr where stdout is read by a program."""
+    if sys.stdout.isatty():
+        return input("> ") + "\n"
+    typer.echo("> ", nl=False, err=True)
+    return sys.stdin.readline()

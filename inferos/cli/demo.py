@@ -112,6 +112,8 @@ def _sample_answer(
     open_format: Callable[[str], DecoderSession], encoder: tokenizers.Tokenizer, questions: list[Prompt]
 ) -> str:
     """Ask one passkey question and let the model write."""
+    import numpy as np
+
     prompt = next(prompt for prompt in questions if prompt.task == "passkey")
     first, end = prompt.answers[0]
     session = open_format(_ANSWER_KV)
@@ -123,7 +125,7 @@ def _sample_answer(
         written: list[int] = []
         while len(written) < _ANSWER_TOKENS and "\n" not in encoder.decode(written):
             written.append(int(logits.argmax()))
-            logits = sequence.feed(prompt.ids[:1] * 0 + written[-1])
+            logits = sequence.feed(np.array(written[-1:], np.int64))
     finally:
         sequence.close()
     wanted = encoder.decode(prompt.ids[first:end].tolist()).strip()

@@ -33,6 +33,8 @@ __all__ = ["evaluate"]
 
 _DEFAULT_CONTEXT = 2048  # tokens
 _SHORTEST = 32  # tokens: below it there is nothing but the FP16 window
+# Characters of a text that are looked at: a longer file cannot make a longer context.
+_LEAST_READ, _LONGEST_TOKEN = 1 << 20, 64
 _DEFAULT_FORMATS = "off,f16,int8,k8v4,int4"
 
 
@@ -182,7 +184,8 @@ def _read_text(layout: ModelLayout, path: Path, length: int) -> np.ndarray[Any, 
     from inferos.runtime.tokenizer import TextTokenizer
 
     try:
-        content = path.read_text("utf-8")
+        with path.open(encoding="utf-8") as file:
+            content = file.read(max(_LEAST_READ, _LONGEST_TOKEN * length))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise ConfigError(f"--text: {path} cannot be read: {reason}") from None

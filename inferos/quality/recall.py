@@ -25,9 +25,9 @@ from inferos.runtime.protocols import DecoderSession, Ids
 __all__ = [
     "Document",
     "Encoding",
+    "Filler",
     "Prompt",
     "Recall",
-    "TASKS",
     "TextEncoder",
     "WordFiller",
     "default_filler",
@@ -47,10 +47,14 @@ class Encoding(Protocol):
     """Ids and, for each, its span of characters."""
 
     @property
-    def ids(self) -> Sequence[int]: ...
+    def ids(self) -> Sequence[int]:
+        """Token ids."""
+        ...
 
     @property
-    def offsets(self) -> Sequence[tuple[int, int]]: ...
+    def offsets(self) -> Sequence[tuple[int, int]]:
+        """First character of each token, and the one behind its last."""
+        ...
 
 
 class TextEncoder(Protocol):

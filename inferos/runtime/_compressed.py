@@ -20,7 +20,7 @@ from inferos.runtime._trim import FROM_INPUT, trim_logits
 from inferos.runtime.layout import HANDLE_INPUT, LENGTHS_INPUT, TOTAL_INPUT, ModelLayout
 from inferos.runtime.protocols import Float32, Ids, TokenSequence
 from inferos.runtime.register import register
-from inferos.runtime.rewrite import rewrite_model
+from inferos.runtime.rewrite import rewrite_in_place
 
 __all__ = ["CompressedSequence", "CompressedSession"]
 
@@ -60,11 +60,10 @@ class CompressedSession:
             l2_format=l2_format,
         )
         self.new_cache().close()  # wrong options show here, before the weights are read
-        model = rewrite_model(load_graph(layout.model_path), head_dim=layout.layers[0].head_dim)
-        self.trims = trim_logits(model, layout.logits)
+        graph, self.trims = _decoder_graph(layout)
         options = session_options(threads)
         register(options)
-        self.ort = open_ort(model.SerializeToString(), options, layout.folder)
+        self.ort = open_ort(graph, options, layout.folder)
         self.types = input_types(self.ort)
 
     @property
@@ -136,6 +135,14 @@ class CompressedSession:
         except ORT_ERRORS as error:
             raise _typed(turns, error) from error
         return logits
+
+
+def _decoder_graph(layout: ModelLayout) -> tuple[bytes, bool]:
+    """The rewritten graph, and whether its logits can be cut short. Nothing of the export outlives this call."""
+    model = load_graph(layout.model_path)
+    rewrite_in_place(model, head_dim=layout.layers[0].head_dim)
+    trims = trim_logits(model, layout.logits)
+    return model.SerializeToString(), trims
 
 
 class Turn:
@@ -291,5 +298,8 @@ def _typed(turns: list[Turn], error: Exception) -> InferosError:
     """The error that the op kept on a handle; ONNX Runtime itself only passes on its text."""
     if not all(turn.sequence.holds(turn) for turn in turns):
         return ClosedError("the sequence was closed or abandoned while the model ran")
-    kept = [turn.cache.take_error() for turn in turns]
-    return next((one for one in kept if one is not None), ProviderError(f"the model failed: {error}"))
+    for turn in turns:
+        kept = turn.cache.take_error()
+        if kept is not None and str(kept) in str(error):  # not one left behind by another call
+            return kept
+    return ProviderError(f"the model failed: {error}")

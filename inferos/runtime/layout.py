@@ -16,7 +16,15 @@ import onnx
 from inferos.errors import ModelError, UnsupportedError
 from inferos.runtime._graph import AttentionNode, attention_nodes, external_files, load_graph, tensor_shape
 
-__all__ = ["AttentionLayer", "ModelLayout", "read_layout"]
+__all__ = [
+    "AttentionLayer",
+    "CONFIG_NAME",
+    "HANDLE_INPUT",
+    "LENGTHS_INPUT",
+    "ModelLayout",
+    "TOTAL_INPUT",
+    "read_layout",
+]
 
 CONFIG_NAME = "genai_config.json"
 HANDLE_INPUT = "inferos_handle"

@@ -46,9 +46,10 @@ from inferos.runtime.layout import (
     read_layout,
 )
 
-__all__ = ["RewriteReport", "rewrite", "rewrite_model"]
+__all__ = ["RewriteReport", "rewrite", "rewrite_in_place", "rewrite_model"]
 
 _LENGTHS, _TOTAL = 3, 4  # positions of the lengths among our op's inputs
+_STOCK_LENGTHS, _STOCK_TOTAL = 5, 6  # ... and among GroupQueryAttention's
 _VERSION = "1"  # of the rewritten form; part of the marker, so that a newer inferos writes a folder again
 _VERSION_KEY = "inferos.rewrite"
 _LAYERS_KEY = "inferos.layers"
@@ -109,23 +110,30 @@ def rewrite_model(
     ModelError
         Where the graph has tensors of our names already.
     """
-    stock = not attention_nodes(model, head_dim)[0].rewritten
-    lengths = scalar_lengths and LENGTHS_INPUT not in {value.name for value in model.graph.input}
-    if not stock and not lengths:
-        return model
     result = onnx.ModelProto()
     result.CopyFrom(model)
-    nodes = attention_nodes(result, head_dim)
+    return result if rewrite_in_place(result, head_dim=head_dim, scalar_lengths=scalar_lengths) else model
+
+
+def rewrite_in_place(model: onnx.ModelProto, *, head_dim: int | None = None, scalar_lengths: bool = True) -> bool:
+    """As `rewrite_model`, on a model that nobody else uses; whether anything changed. Where it raises, nothing did."""
+    nodes = attention_nodes(model, head_dim)
+    stock = not nodes[0].rewritten
+    lengths = scalar_lengths and LENGTHS_INPUT not in {value.name for value in model.graph.input}
+    if not stock and not lengths:
+        return False
     _check_names(
-        result.graph, ({HANDLE_INPUT} if stock else set()) | ({LENGTHS_INPUT, TOTAL_INPUT} if lengths else set())
+        model.graph, ({HANDLE_INPUT} if stock else set()) | ({LENGTHS_INPUT, TOTAL_INPUT} if lengths else set())
     )
-    alive = _alive(result.graph)
-    if stock:
-        _replace_attention(result, nodes)
     if lengths:
-        _replace_lengths(result.graph, nodes)
-    _drop_dead(result.graph, alive)
-    return result
+        _check_lengths(nodes, *((_STOCK_LENGTHS, _STOCK_TOTAL) if stock else (_LENGTHS, _TOTAL)))
+    alive = _alive(model.graph)
+    if stock:
+        _replace_attention(model, nodes)
+    if lengths:
+        _replace_lengths(model.graph, nodes)
+    _drop_dead(model.graph, alive)
+    return True
 
 
 def _replace_attention(model: onnx.ModelProto, nodes: tuple[AttentionNode, ...]) -> None:
@@ -140,7 +148,6 @@ def _replace_attention(model: onnx.ModelProto, nodes: tuple[AttentionNode, ...])
 
 
 def _replace_lengths(graph: onnx.GraphProto, nodes: tuple[AttentionNode, ...]) -> None:
-    _check_lengths(nodes)
     for node in nodes:
         node.node.input[_LENGTHS], node.node.input[_TOTAL] = LENGTHS_INPUT, TOTAL_INPUT
     graph.input.extend([
@@ -149,11 +156,11 @@ def _replace_lengths(graph: onnx.GraphProto, nodes: tuple[AttentionNode, ...]) -
     ])  # fmt: skip
 
 
-def _check_lengths(nodes: tuple[AttentionNode, ...]) -> None:
+def _check_lengths(nodes: tuple[AttentionNode, ...], *places: int) -> None:
     """One pair of lengths serves all layers only if all layers had the same."""
-    first = [nodes[0].node.input[at] for at in (_LENGTHS, _TOTAL)]
+    first = [nodes[0].node.input[at] for at in places]
     for node in nodes:
-        if [node.node.input[at] for at in (_LENGTHS, _TOTAL)] != first:
+        if [node.node.input[at] for at in places] != first:
             raise UnsupportedError(f"node {node.name!r}: its lengths (seqlens_k, total) are not the first layer's")
 
 
@@ -335,7 +342,8 @@ def _swap(new: Path, target: Path, old: Path) -> None:
 
 def _fill(layout: ModelLayout, folder: Path, marker: dict[str, str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     folder.mkdir()
-    model = rewrite_model(load_graph(layout.model_path), head_dim=layout.layers[0].head_dim, scalar_lengths=False)
+    model = load_graph(layout.model_path)
+    rewrite_in_place(model, head_dim=layout.layers[0].head_dim, scalar_lengths=False)
     (folder / layout.model_path.name).write_bytes(model.SerializeToString())
     linked: list[str] = []
     copied: list[str] = []

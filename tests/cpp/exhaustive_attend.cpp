@@ -130,9 +130,16 @@ std::size_t compare_decode(Case& test, std::string& mismatch) {
   const float softcap = test.random.below(4) == 0 ? 30.0F * test.random.unit() : 0.0F;
   std::vector<State> states;
   for (const Attend& kernel : attend_runnable()) {
-    State& state = states.emplace_back(group, test.d, kBlocks * group * kBlockTokens);
+    State& state = states.emplace_back(group, test.d, kBlocks * (group + 1) * kBlockTokens);
+    const auto masses = [&](State& of, std::size_t i) {
+      return of.extra.data() + (kBlocks * group + i) * kBlockTokens;
+    };
     kernel.decode({test.q.data(), group, test.d, scale, softcap, visible, test.format, test.views.data(), kBlocks,
                    state.o.data(), state.m.data(), state.l.data(), state.extra.data()});
+    for (std::size_t i = 0; i < kBlocks; ++i) {
+      kernel.mass(state.extra.data() + i * group * kBlockTokens, group, state.m.data(), state.l.data(),
+                  masses(state, i));
+    }
     const std::string difference = state.difference(states.front());
     if (!difference.empty()) {
       mismatch = std::string(isa_name(kernel.isa)) + " head_dim " + std::to_string(test.d) + " group " +

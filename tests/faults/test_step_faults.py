@@ -281,6 +281,29 @@ def test_a_budget_that_is_too_small_stops_before_any_change(tmp_path: Path) -> N
     assert sequence.feed(STEPS[:1]).shape == (TINY.vocab,)
 
 
+def test_a_budget_too_small_for_one_block_is_refused_at_the_first_step(tmp_path: Path) -> None:
+    sequence = open_tiny(tmp_path, TINY.but(head_dim=256), "int8", budget_bytes=64 << 10).sequence()
+    with pytest.raises(BudgetError, match="budget"):
+        sequence.feed(STEPS[:1])
+    assert (sequence.length, sequence.kv_bytes) == (0, 0)
+
+
+def test_an_error_left_behind_by_another_host_is_not_blamed_on_a_run(tmp_path: Path) -> None:
+    session = open_tiny(tmp_path, TINY.but(tripwire=1), "f16")
+    sequence = session.sequence()
+    gap = {
+        "input_ids": np.array([[1]]),
+        "inferos_seqlens_k": np.array([7], np.int32),
+        "inferos_total_length": np.int32(8)[...],
+        "inferos_handle": np.array([sequence.cache.handle]),
+        "inferos_logits_from": np.array([0]),
+    }
+    with pytest.raises(ORT_ERRORS, match=r"gap|past|cached"):
+        session.ort.run(None, gap)  # its error stays on the handle: nobody takes it
+    with pytest.raises(ProviderError, match="out of data bounds"):
+        sequence.feed(np.array([TRIPWIRE]))
+
+
 def test_a_step_of_a_closed_sequence_is_refused(tmp_path: Path) -> None:
     session = open_tiny(tmp_path, TINY, "f16")
     sequence: CompressedSequence = session.sequence()

@@ -34,6 +34,9 @@ def test_decode_has_scalars_bits(isa: str, head_dim: int, fmt: str) -> None:
         what = f"{isa} {fmt} head_dim={head_dim} group={group} visible={visible} softcap={softcap} spans={spans}"
         cases.assert_same_bits(found[0][1], found[1][1], f"logits of {what}")
         cases.assert_same_state(found[0][0], found[1][0], what)
+        top = np.where(np.isfinite(state.m), state.m, np.float32(0))
+        mass = [ATTEND[name].mass(logits[0], top, state.l) for name in (isa, "scalar")]
+        cases.assert_same_bits(*mass, f"mass of {what}")
 
 
 @pytest.mark.parametrize("fmt", FORMATS)

@@ -21,7 +21,7 @@ from inferos.cli._report import Report
 from inferos.errors import BudgetError, ConfigError, ProviderError
 from inferos.runtime import reference
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(inferos.__file__).parents[1]  # where the package under test lies, installed or not
 FORMATS = ["off", "f16", "int8", "k8v4", "int4"]
 ROW = {
     "kv": str,
@@ -233,6 +233,31 @@ def test_chat_keeps_the_cache_between_turns_until_it_is_reset(tmp_path: Path) ->
     # The newest token of an answer is never fed, and the next turn feeds it.
     assert second["prompt_tokens_cached"] >= first["prompt_tokens"] + first["tokens"] - 1
     assert third["prompt_tokens"] < second["prompt_tokens"]
+
+
+def test_a_conversation_that_does_not_fit_any_more_is_refused() -> None:
+    result = call("chat", "reference", "--max-tokens", "2", given="word " * 5000 + "\n")
+    assert result.exit_code == 2
+    assert "more than the model's context of 4096" in result.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_a_person_is_asked_for_lines_and_told_when_one_is_too_long() -> None:
+    import pty
+
+    ours, theirs = pty.openpty()
+    arguments = [sys.executable, "-m", "inferos.cli", "chat", "reference", "--max-tokens", "4"]
+    lines = ("word " * 700 + "\n") * 7 + "/reset\nIt was a\n/exit\n"
+    with subprocess.Popen(arguments, cwd=ROOT, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        os.close(theirs)
+        for line in lines.splitlines(keepends=True):
+            os.write(ours, line.encode())
+        _, told = process.communicate(timeout=120)
+    os.close(ours)
+    assert process.returncode == 0
+    assert told.count(b"> ") == 10
+    assert b"/reset forgets what was said" in told
+    assert told.count(b"ended by length") >= 2
 
 
 @pytest.mark.parametrize("command", [("run", "reference", "x"), ("chat", "reference"), ("eval", "reference")])

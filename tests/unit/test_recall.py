@@ -12,7 +12,8 @@ import pytest
 import tokenizers
 
 from inferos.errors import ConfigError, ContextError
-from inferos.quality.recall import TASKS, Prompt, WordFiller, default_filler, make, measure, prepare, wilson
+from inferos.quality._documents import TASKS
+from inferos.quality.recall import Prompt, WordFiller, default_filler, make, measure, prepare, wilson
 from inferos.runtime import reference
 from inferos.runtime.protocols import Float32, Ids
 

@@ -372,4 +372,15 @@ void attend_decode(const DecodeTask& task) noexcept {
   }
 }
 
+void attend_mass(const float* logits, std::size_t group, const float* top, const float* weight, float* sum) noexcept {
+  for (std::size_t t = 0; t < kT; t += 8) {
+    __m256 total = _mm256_setzero_ps();
+    for (std::size_t g = 0; g < group; ++g) {
+      const __m256 x = _mm256_sub_ps(_mm256_loadu_ps(logits + g * kT + t), _mm256_set1_ps(top[g]));
+      total = _mm256_fmadd_ps(_mm256_set1_ps(weight[g]), exp_nonpositive(x), total);
+    }
+    _mm256_storeu_ps(sum + t, total);
+  }
+}
+
 }  // namespace inferos::kernels::avx2

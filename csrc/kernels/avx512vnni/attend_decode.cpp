@@ -408,4 +408,15 @@ void attend_decode(const DecodeTask& task) noexcept {
   }
 }
 
+void attend_mass(const float* logits, std::size_t group, const float* top, const float* weight, float* sum) noexcept {
+  for (std::size_t t = 0; t < kT; t += 16) {
+    __m512 total = _mm512_setzero_ps();
+    for (std::size_t g = 0; g < group; ++g) {
+      const __m512 x = _mm512_sub_ps(_mm512_loadu_ps(logits + g * kT + t), _mm512_set1_ps(top[g]));
+      total = _mm512_fmadd_ps(_mm512_set1_ps(weight[g]), exp_nonpositive(x), total);
+    }
+    _mm512_storeu_ps(sum + t, total);
+  }
+}
+
 }  // namespace inferos::kernels::avx512vnni

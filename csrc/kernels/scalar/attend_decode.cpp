@@ -128,4 +128,13 @@ void attend_decode(const DecodeTask& task) noexcept {
   }
 }
 
+void attend_mass(const float* logits, std::size_t group, const float* top, const float* weight, float* sum) noexcept {
+  for (std::size_t t = 0; t < kT; ++t) {
+    sum[t] = 0.0F;
+    for (std::size_t g = 0; g < group; ++g) {
+      sum[t] = std::fma(weight[g], exp_nonpositive(logits[g * kT + t] - top[g]), sum[t]);
+    }
+  }
+}
+
 }  // namespace inferos::kernels::scalar
