@@ -1,8 +1,11 @@
 // One query token per row: (row x kv head x context span) tasks over the blocks of a head, merged by log-sum-exp.
 
 #include <algorithm>
+#include <array>
 #include <atomic>
+#include <limits>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "attention/plan.hpp"

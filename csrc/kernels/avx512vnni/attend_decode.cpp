@@ -5,8 +5,9 @@
 // Lanes are tokens for K and channels for V, so a query head costs one broadcast dword per vector pair and never a horizontal
 // sum. Up to four heads share each load: 4 heads x 4 accumulators cover the latency and leave half of the 32 registers for
 // codes and broadcasts. More heads come in further chunks over the same block while it is in L1 or L2.
-// Each cache line of a record prefetches the same line of the record that lies about 16 KiB ahead into L2; hardware does not
-// follow the four streams of a record in order, and hints for L1 were measured slower.
+// The latencies of a head's reductions and of its exp would add up to a third of the time, so four heads go through them together.
+// Each cache line of a record prefetches the same line of the record about 16 KiB ahead into L2: 1.4 times as fast as the
+// hardware's prefetchers alone, while hints for L1 were slower than none.
 
 #include <immintrin.h>
 
