@@ -18,6 +18,10 @@ class Attend:
         """
         One block as f32 tiles: k (4, head_dim, 16), v (64, head_dim).
         """
+    def mass(self, logits: numpy.typing.NDArray[numpy.float32], top: numpy.typing.NDArray[numpy.float32], weight: numpy.typing.NDArray[numpy.float32]) -> numpy.typing.NDArray[numpy.float32]:
+        """
+        (group, 64) logits -> (64,): the sum over the group of weight * exp(logits - top).
+        """
     def prefill(self, q: numpy.typing.NDArray[numpy.float32], k: numpy.typing.NDArray[numpy.float32], v: numpy.typing.NDArray[numpy.float32], start: typing.SupportsInt | typing.SupportsIndex, begin: typing.SupportsInt | typing.SupportsIndex, end: typing.SupportsInt | typing.SupportsIndex, visible: numpy.typing.NDArray[numpy.int32], scale: typing.SupportsFloat | typing.SupportsIndex, softcap: typing.SupportsFloat | typing.SupportsIndex, o: numpy.typing.NDArray[numpy.float32], m: numpy.typing.NDArray[numpy.float32], l: numpy.typing.NDArray[numpy.float32]) -> None:
         """
         Many query rows over one expanded block; o, m and l are read and updated.

@@ -152,6 +152,7 @@ def test_the_kth_allocation_is_refused_once():
     assert memory.stats()["live_blocks"] == 3
 
 
+@pytest.mark.resident
 def test_many_allocations_leave_nothing_behind():
     memory, rng = arena(), random.Random(1)
     live: list[_core.ArenaBlock] = []

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 from caches import FORMATS, NOT_HELD, assert_within_half_a_step, block_bytes, feed, rows, used
 
+import inferos
 from inferos import _core, errors
 from inferos.kv import Arena, KVCache, LayerSpec, library_path
 
@@ -124,6 +129,51 @@ def test_int4_codes_are_half_of_int8_codes():
         for kv in stats
     }
     assert codes["int4"] * 2 == codes["int8"]
+
+
+def assert_resident_memory_follows_the_accounting(layers: int, tokens: int, tmp_path: Path) -> None:
+    """Fill a cache in a process of its own, in steps of 512 tokens; compare RSS and the arena's own numbers."""
+    script = tmp_path / "fill.py"
+    script.write_text(FILL)
+    arguments = [sys.executable, str(script), str(layers), str(tokens)]
+    package = str(Path(inferos.__file__).parents[1])  # the one under test, in a tree or installed
+    environment = {**os.environ, "PYTHONPATH": package}
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True, env=environment)
+    grown, reserved, peak, f16 = map(int, done.stdout.split())
+    assert abs(grown - reserved) <= 0.03 * reserved, done.stdout
+    assert peak <= 0.60 * f16, done.stdout
+
+
+FILL = """
+import sys
+import numpy as np, psutil
+from inferos.kv import Arena, KVCache, LayerSpec
+layers, tokens = map(int, sys.argv[1:])
+spec, arena = LayerSpec(8, 128), Arena()
+rows = np.random.default_rng(0).standard_normal((512, 8, 128), dtype=np.float32)
+with KVCache([spec]) as warm:  # the scratch of the thread, the kernels' pages
+    for _ in range(2):
+        warm.begin(512); warm.append(0, rows, rows); warm.commit()
+resident = psutil.Process().memory_info().rss
+cache = KVCache([spec] * layers, arena=arena)
+for _ in range(tokens // 512):
+    cache.begin(512)
+    for layer in range(layers):
+        cache.append(layer, rows, rows)
+    cache.commit()
+stats = arena.stats()
+f16 = tokens * layers * 8 * 128 * 2 * 2
+print(psutil.Process().memory_info().rss - resident, stats.reserved_bytes, stats.used_high_water_bytes, f16)
+"""
+
+
+def test_resident_memory_follows_the_accounting(tmp_path):
+    assert_resident_memory_follows_the_accounting(4, 16384, tmp_path)
+
+
+@pytest.mark.slow
+def test_resident_memory_of_32_layers_at_32k_follows_the_accounting(tmp_path):
+    assert_resident_memory_follows_the_accounting(32, 32768, tmp_path)
 
 
 # Transactions
