@@ -16,6 +16,7 @@ std::int32_t Grid::last_room() const noexcept {
 }
 
 std::size_t Grid::find(std::int64_t position) const noexcept {
+  if (position >= entries_.back().start) return entries_.size() - 1;  // where decoding writes
   const auto after = std::upper_bound(entries_.begin(), entries_.end(), position,
                                       [](std::int64_t p, const GridEntry& entry) { return p < entry.start; });
   return static_cast<std::size_t>(after - entries_.begin()) - 1;

@@ -13,7 +13,8 @@
 namespace inferos::kv {
 namespace {
 
-constexpr float kMassUnit = 16384.0F;          // keeps the mass of one token in 10^6 a normal fp16
+constexpr float kMassUnit = 16384.0F;  // keeps the mass of one token in 10^6 a normal fp16
+constexpr float kHalfMax = 65504.0F;
 constexpr std::size_t kHeaviest = 8;           // tokens of a block that make its score
 constexpr std::size_t kDemotionsPerStep = 16;  // in one layer
 
@@ -28,8 +29,12 @@ void drop_front(std::vector<T>& list, std::size_t count) noexcept {
 
 }  // namespace
 
-LayerScores::LayerScores(const LayerShape& shape, const Thresholds& thresholds, Format narrowest)
-    : heads_(shape.kv_heads), head_dim_(shape.head_dim), thresholds_(thresholds), narrowest_(narrowest) {}
+LayerScores::LayerScores(const LayerShape& shape, const Thresholds& thresholds, Format narrowest, std::int64_t phase)
+    : heads_(shape.kv_heads),
+      head_dim_(shape.head_dim),
+      thresholds_(thresholds),
+      narrowest_(narrowest),
+      phase_(phase) {}
 
 std::vector<ScorePtr> LayerScores::reserve(Arena& arena, std::size_t fresh) {
   std::vector<ScorePtr> taken;
@@ -59,7 +64,8 @@ void LayerScores::write(const Grid& grid, std::int64_t from, std::int64_t to, co
     for (std::size_t h = 0; h < heads_; ++h, row += head_dim_) {
       float sum = 0.0F;
       for (std::size_t i = 0; i < head_dim_; ++i) sum += row[i] * row[i];
-      const float norm = std::sqrt(sum);
+      const float root = std::sqrt(sum);
+      const float norm = root <= kHalfMax ? root : kHalfMax;  // NaN too: what cannot be ranked counts as heavy
       kernels::convert().f32_to_f16_saturate(&norm, 1, records_[at(h, index)]->norm() + (p - grid[index].start));
     }
   }
@@ -96,7 +102,7 @@ void LayerScores::forget_before(std::size_t first) noexcept {
 }
 
 LayerScores LayerScores::fork(Arena& arena) const {
-  LayerScores copy({heads_, head_dim_, -1}, thresholds_, narrowest_);
+  LayerScores copy({heads_, head_dim_, -1}, thresholds_, narrowest_, phase_);
   copy.first_ = first_;
   copy.folded_at_ = folded_at_;
   copy.reviewed_at_ = reviewed_at_;
@@ -139,7 +145,9 @@ void LayerScores::fold(const Grid& grid, std::span<const float> mass, std::int64
       std::uint16_t* stored = records_[at(h, first_ + i)]->average();
       const float* received = mass.data() + h * static_cast<std::size_t>(visible) + entry.start;
       kernels::convert().f16_to_f32(stored, entry.tokens, average.data());
-      for (std::size_t t = 0; t < entry.tokens; ++t) average[t] = average[t] * keep + received[t] * add;
+      for (std::size_t t = 0; t < entry.tokens; ++t) {
+        average[t] = average[t] * keep + (received[t] > 0.0F ? received[t] * add : 0.0F);  // NaN adds nothing
+      }
       kernels::convert().f32_to_f16_saturate(average.data(), entry.tokens, stored);
     }
   }
@@ -198,7 +206,8 @@ void LayerScores::demote_lowest(int level, double share) noexcept {
 }
 
 void LayerScores::review(const Grid& grid, const LayerStore& store, std::int64_t length) noexcept {
-  if (narrowest_ == Format::kF16 || length / kReviewInterval == reviewed_at_ / kReviewInterval) return;
+  const bool due = (length + phase_) / kReviewInterval != (reviewed_at_ + phase_) / kReviewInterval;
+  if (narrowest_ == Format::kF16 || !due) return;
   reviewed_at_ = length;
   for (std::size_t head = 0; head < heads_; ++head) {
     rank(grid, store, head);

@@ -52,8 +52,9 @@ using ScorePtr = std::unique_ptr<ScoreRecord>;
 
 class LayerScores {
  public:
-  // `narrowest`: what this layer's blocks may become at most; kF16 = they stay.
-  LayerScores(const LayerShape& shape, const Thresholds& thresholds, Format narrowest);
+  // `narrowest`: what this layer's blocks may become at most; kF16 = they stay. `phase`, 0..63: how many tokens before the others
+  // this layer is reviewed, so that one step does not pay for all layers.
+  LayerScores(const LayerShape& shape, const Thresholds& thresholds, Format narrowest, std::int64_t phase);
 
   // Records for `fresh` new grid entries, by grid index, then head. Error{kBudget}.
   std::vector<ScorePtr> reserve(Arena& arena, std::size_t fresh);
@@ -105,6 +106,7 @@ class LayerScores {
   std::size_t head_dim_;
   Thresholds thresholds_;
   Format narrowest_;
+  std::int64_t phase_;
   std::size_t first_ = 0;          // grid index of the first block held
   std::int64_t folded_at_ = 0;     // visible tokens at the last sample
   std::int64_t reviewed_at_ = 0;   // committed tokens at the last review

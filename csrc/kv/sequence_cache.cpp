@@ -178,7 +178,10 @@ SequenceCache::SequenceCache(CacheOptions options, std::shared_ptr<Arena> arena)
   s.layers.reserve(s.options.layers.size());
   for (std::size_t i = 0; i < s.options.layers.size(); ++i) {
     s.layers.emplace_back(s.options.layers[i], leaving(s.options, i), s.slides(i) ? 0 : s.options.sink_tokens);
-    if (s.options.thresholds) s.scores.emplace_back(s.options.layers[i], *s.options.thresholds, s.options.formats[i]);
+    if (!s.options.thresholds) continue;
+    const std::size_t phase = i * static_cast<std::size_t>(kReviewInterval) / s.options.layers.size();
+    s.scores.emplace_back(s.options.layers[i], *s.options.thresholds, s.options.formats[i],
+                          static_cast<std::int64_t>(phase));
   }
 }
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from caches import FORMATS, rows, used
 
+from inferos import errors
 from inferos.kv import Arena, KVCache, LayerSpec
 
 SPEC = LayerSpec(2, 32)
@@ -206,6 +207,46 @@ def test_scores_live_in_the_arena_and_are_counted():
             assert stats.total_bytes == used(arena)
         cache.rewind(0)
         assert used(arena) == 0
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
+def test_values_that_are_no_numbers_do_not_stop_the_reviews(bad):
+    with KVCache([SPEC], kv="auto", thresholds=(1.0, 0.5)) as cache:
+        k, v = rows(0, PROMPT, SPEC)
+        k[200], v[300] = bad, bad
+        cache.begin(PROMPT)
+        cache.append(0, k, v)
+        cache.attend(0, np.ones((PROMPT, HEADS, 32), np.float32))
+        cache.commit()
+        decode(cache, 64 * 3)
+        assert (np.isfinite(cache.scores(0, 0)) | np.isnan(cache.scores(0, 0))).all()
+        assert FORMATS["k8v4"] in levels(cache)
+
+
+def test_a_refused_allocation_among_demotions_changes_nothing():
+    arena = Arena()
+    with KVCache([SPEC] * 2, kv="auto", thresholds=(0.5, 0.2), arena=arena) as cache:
+        step(cache, PROMPT, 0)
+        refused = 0
+        for _ in range(64 * 3):
+            before = cache.stats(), used(arena), [cache.formats(layer, 0).tolist() for layer in range(2)]
+            for k in range(1, 100):
+                arena._native.fail_after(k)
+                try:
+                    cache.begin(1)
+                except errors.BudgetError:
+                    refused += 1
+                    assert (
+                        cache.stats(),
+                        used(arena),
+                        [cache.formats(layer, 0).tolist() for layer in range(2)],
+                    ) == before
+                else:
+                    break
+            arena._native.fail_after(0)
+            step(cache, 1, cache.length)
+        assert FORMATS["k8v4"] in levels(cache)
+        assert refused > 30
 
 
 def test_a_layer_without_query_mass_wants_none_between_samples():
