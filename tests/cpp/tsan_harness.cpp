@@ -144,7 +144,7 @@ class Harness {
 
   static std::int64_t tokens_of(std::mt19937_64& random) {
     return random() % 16 == 0 ? static_cast<std::int64_t>(random() % 90 + 1)
-                             : static_cast<std::int64_t>(random() % 3 + 1);
+                              : static_cast<std::int64_t>(random() % 3 + 1);
   }
 
   static std::vector<float> rows(std::int64_t from, std::int64_t tokens, bool value) {
