@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+
+# Programs that tests start import the package under test, not the source folder they may be started in.
+os.environ["PYTHONSAFEPATH"] = "1"
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -178,3 +178,18 @@ def test_a_damaged_asset_is_a_model_error(cache: Path, monkeypatch: pytest.Monke
     with pytest.raises(ModelError, match="install inferos again"):
         reference.reference_folder()
     assert list(cache.iterdir()) == []
+
+
+@pytest.mark.parametrize(("kv", "share"), [("f16", 1.02), ("int8", 0.58), ("k8v4", 0.48), ("int4", 0.36)])
+def test_a_full_cache_takes_its_share_of_fp16(built: Path, kv: str, share: float) -> None:
+    pytest.importorskip("onnxruntime")
+    from inferos.runtime.session import open_session
+
+    ids = np.random.default_rng(6).integers(1, 4096, reference.TRAINED_CONTEXT)
+    sequence = open_session(built, kv=kv, threads=1).sequence()
+    sequence.feed(ids[:-1])
+    # A block is packed when the step after the one that filled it begins.
+    sequence.feed(ids[-1:])
+    assert sequence.kv_elements == reference.TRAINED_CONTEXT * 3072 // 2
+    assert sequence.kv_bytes <= share * reference.TRAINED_CONTEXT * 3072
+    sequence.close()

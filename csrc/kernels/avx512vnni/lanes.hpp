@@ -34,6 +34,8 @@ static inline void prefetch(const void* p, std::uintptr_t ahead) noexcept {
   _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T1);  // NOLINT(performance-no-int-to-ptr): never read
 }
 
+namespace {  // a member function cannot be kept out of the symbol table by static
+
 struct Sum {
   static inline __m256 of(__m256 a, __m256 b) noexcept { return _mm256_add_ps(a, b); }
 };
@@ -41,6 +43,8 @@ struct Sum {
 struct Largest {
   static inline __m256 of(__m256 a, __m256 b) noexcept { return _mm256_max_ps(a, b); }
 };
+
+}  // namespace
 
 // Reduces the 16 lanes of each of N <= 4 vectors, in the order of reduce16: result i in lane i. One at a time, the latency of
 // each head's reduction would stand in its way alone; together they cost little more than one.
