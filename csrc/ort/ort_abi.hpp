@@ -73,7 +73,7 @@ enum class ApiIndex : std::size_t {
   kParallelFor = 274,
 };
 
-enum class ElementType : int { kFloat = 1, kInt32 = 6, kInt64 = 7, kFloat16 = 10 };
+enum class ElementType : int { kUndefined = 0, kFloat = 1, kInt32 = 6, kInt64 = 7, kFloat16 = 10 };
 enum class StatusCode : int { kFail = 1 };
 enum class Characteristic : int { kRequired = 0, kOptional = 1 };
 
