@@ -65,3 +65,19 @@ def assert_within_half_a_step(kv: str, got: Float32, wanted: Float32) -> None:
     norm = np.linalg.norm(wanted[:, 1], axis=1)
     step = 2 * norm / v_steps * slack
     assert (np.linalg.norm(error[:, 1], axis=1) <= np.sqrt(wanted.shape[2]) * step / 2 + tiny).all()
+
+
+def content(cache: KVCache, layer: int, head: int, start: int, stop: int) -> np.ndarray:
+    """K and V (tokens, 2, head_dim) as they come back."""
+    return np.stack([np.stack(cache.read(layer, head, p)[:2]) for p in range(start, stop)])
+
+
+def snapshot(cache: KVCache) -> tuple:
+    """Everything about a cache that a refused call must not change."""
+    held = tuple(
+        (cache.formats(layer, head).tobytes(), content(cache, layer, head, cache.kept_from, cache.length).tobytes())
+        for layer, spec in enumerate(cache.layers)
+        for head in range(spec.kv_heads)
+        if cache.length
+    )
+    return cache.length, cache.pending, cache.stats(), used(cache.arena), held
