@@ -149,6 +149,7 @@ print(psutil.Process().memory_info().rss - resident, stats.reserved_bytes, stats
 """
 
 
+@pytest.mark.resident
 def test_resident_memory_follows_the_accounting(tmp_path):
     assert_resident_memory_follows_the_accounting(4, 16384, tmp_path)
 
