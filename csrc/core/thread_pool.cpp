@@ -12,11 +12,7 @@
 #include <thread>
 
 #if defined(_WIN32)
-#define WIN32_LEAN_AND_MEAN
-#ifndef NOMINMAX
-#define NOMINMAX
-#endif
-#include <windows.h>
+#include "core/windows.hpp"
 #else
 #include <dlfcn.h>
 #include <unistd.h>
