@@ -117,22 +117,22 @@ ATTEND = """
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads cannot be counted here")
 def test_workers_start_with_the_first_call_that_has_work_for_them() -> None:
     run = child(
-        ATTEND
+        ATTEND.replace("set_num_threads(4)", "set_num_threads(1)")
         + """
     def count():
         return len(os.listdir("/proc/self/task"))
     before = count()
-    inferos.set_num_threads(1)
     attend()
     alone = count()
     inferos.set_num_threads(4)
+    idle = count()
     attend()
     four = count()
     attend()
-    print(alone - before, four - before, count() - before)
+    print(alone - before, idle - before, four - before, count() - before)
     """
     )
-    assert (run.stdout, run.stderr) == ("0 3 3\n", "")
+    assert (run.stdout, run.stderr) == ("0 0 3 3\n", "")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
