@@ -47,8 +47,8 @@ struct Demotion {
 struct Reservation {
   std::vector<std::vector<BlockPtr>> packed;  // by head, for the blocks that are due
   std::vector<Demotion> demotions;
-  std::vector<BlockPtr> sinks;  // one per head, or none
-  std::vector<BlockPtr> fresh;  // by grid index, then head
+  std::vector<BlockPtr> sinks;               // one per head, or none
+  std::vector<std::vector<BlockPtr>> fresh;  // by head, for new grid entries
 };
 
 class LayerStore {

@@ -399,7 +399,7 @@ TierBytes SequenceCache::tier_bytes() const {
   for (const LayerStep& taken : state_->step.reserved) {
     for (const auto& packed : taken.blocks.packed) add(packed);
     add(taken.blocks.sinks);
-    add(taken.blocks.fresh);
+    for (const auto& fresh : taken.blocks.fresh) add(fresh);
     for (const Demotion& demotion : taken.blocks.demotions) add({demotion.block});
     for (const ScorePtr& record : taken.scores) total.score_bytes += record == nullptr ? 0 : ScoreRecord::kBytes;
   }
