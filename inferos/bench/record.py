@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final, Literal
 
 import pydantic
 
-__all__ = ["OURS", "SCHEMA", "Peer", "Report", "Row", "environment", "load_average"]
+__all__ = ["OURS", "Peer", "Report", "Row", "SCHEMA", "environment", "load_average"]
 
 SCHEMA: Final = "inferos.bench/1"
 OURS = "inferos"
