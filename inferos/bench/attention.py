@@ -14,14 +14,14 @@ from inferos.bench import peers
 from inferos.bench.problem import Entrant, Offer, Problem, SharedData
 from inferos.bench.record import OURS, Peer, Report, Row, environment, load_average
 from inferos.bench.timing import Contender, Timing, interleave
-from inferos.errors import ConfigError
-from inferos.kv import KVCache, LayerSpec, ReadBuffer
+from inferos.kv import KVCache, LayerSpec, ReadBuffer, get_num_threads, set_num_threads
 from inferos.kv.reading import READ_STEP
 
 __all__ = ["Job", "KV_FORMATS", "READ", "Watcher", "run", "steps"]
 
 KV_FORMATS = ("f16", "int8", "k8v4", "int4")
 READ = "read"
+_LONGEST_REASON = 200  # characters
 _CHUNK = 512  # tokens appended at a time while a cache is filled
 _ORT_FP32 = ("ort", "fp32")
 
@@ -65,7 +65,7 @@ class _Outcome:
 
     rows: list[Row] = field(default_factory=list)
     measurements: list[dict[str, Any]] = field(default_factory=list)
-    faults: dict[str, list[str]] = field(default_factory=dict)  # by peer
+    faults: dict[str, dict[str, list[str]]] = field(default_factory=dict)  # peer -> reason -> formats
 
 
 def run(job: Job, watcher: Watcher) -> Report:
@@ -79,8 +79,12 @@ def run(job: Job, watcher: Watcher) -> Report:
     before = load_average()
     versions = {name: peers.load(name).version() for name in job.peers}
     outcome = _Outcome()
-    for problem in job.problems:
-        _measure(job, problem, [name for name in job.peers if versions[name] is not None], outcome, watcher)
+    threads = get_num_threads()
+    try:
+        for problem in job.problems:
+            _measure(job, problem, [name for name in job.peers if versions[name] is not None], outcome, watcher)
+    finally:
+        set_num_threads(threads)
     return Report(
         bench=job.bench,
         environment=environment(before),
@@ -104,10 +108,10 @@ def steps(job: Job) -> int:
 def _status(name: str, versions: dict[str, str | None], outcome: _Outcome) -> str:
     if versions[name] is None:
         return "not installed"
-    faults = outcome.faults.get(name, [])
+    faults = [f"{', '.join(formats)}: {reason}" for reason, formats in outcome.faults.get(name, {}).items()]
     if any(row.impl == name for row in outcome.rows):
-        return "measured" + (f", except {'; '.join(faults)}" if faults else "")
-    return f"failed: {'; '.join(faults)}" if faults else "has no such operation"
+        return "; ".join(["measured", *(f"but not {fault}" for fault in faults)])
+    return f"failed: {'; '.join(faults)}" if faults else "not part of this benchmark"
 
 
 def _offers(job: Job, problem: Problem, installed: Sequence[str]) -> list[Offer]:
@@ -124,7 +128,7 @@ def _measure(job: Job, problem: Problem, installed: Sequence[str], outcome: _Out
     offers, entrants = [], []
     for offer in _offers(job, problem, installed):
         watcher.describe(f"{where}: {offer.name}")
-        entrant = _built(offer, problem, outcome)
+        entrant = _built(offer, outcome)
         if entrant is None:
             watcher.advance(job.rounds + 1)
             continue
@@ -132,7 +136,7 @@ def _measure(job: Job, problem: Problem, installed: Sequence[str], outcome: _Out
         offers.append(offer)
         entrants.append(entrant)
     watcher.describe(where)
-    _use_threads(problem.threads)
+    set_num_threads(problem.threads)
     readers = _readers([entrant.bytes for entrant in entrants[: len(job.kv)]])
     contenders = [entrant.contender for entrant in (*entrants, *readers)]
     timings = interleave(contenders, rounds=job.rounds, progress=watcher.advance)
@@ -141,7 +145,7 @@ def _measure(job: Job, problem: Problem, installed: Sequence[str], outcome: _Out
     gc.collect()  # sessions and their buffers refer to each other
 
 
-def _built(offer: Offer, problem: Problem, outcome: _Outcome) -> Entrant | None:
+def _built(offer: Offer, outcome: _Outcome) -> Entrant | None:
     """An offer made good and tried once; None, and a fault noted, where a peer cannot."""
     if offer.impl == OURS:
         return offer.build()
@@ -149,20 +153,12 @@ def _built(offer: Offer, problem: Problem, outcome: _Outcome) -> Entrant | None:
         entrant = offer.build()
         entrant.contender.call(0)
     except Exception as error:  # noqa: BLE001 - whatever another implementation raises is its own failure, not ours
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        outcome.faults.setdefault(offer.impl, []).append(f"{offer.kv} {offer.way} at {problem.shape}: {reason}")
+        reason = " ".join(str(error).split())[:_LONGEST_REASON] or type(error).__name__
+        formats = outcome.faults.setdefault(offer.impl, {}).setdefault(reason, [])
+        if offer.kv not in formats:
+            formats.append(offer.kv)
         return None
     return entrant
-
-
-def _use_threads(threads: int) -> None:
-    import inferos
-
-    setter = getattr(inferos, "set_num_threads", None)
-    if setter is not None:
-        setter(threads)
-    elif threads != 1:
-        raise ConfigError(f"--threads: {threads}: this version of the Python API has one thread")
 
 
 def _ours_builder(problem: Problem, kv: str) -> Callable[[], Entrant]:
