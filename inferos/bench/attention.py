@@ -6,6 +6,7 @@ import gc
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -17,7 +18,7 @@ from inferos.bench.timing import Contender, Timing, interleave
 from inferos.kv import KVCache, LayerSpec, ReadBuffer, get_num_threads, set_num_threads
 from inferos.kv.reading import READ_STEP
 
-__all__ = ["Job", "KV_FORMATS", "READ", "Watcher", "run", "steps"]
+__all__ = ["Job", "KV_FORMATS", "PrefillRow", "READ", "Watcher", "run", "steps"]
 
 KV_FORMATS = ("f16", "int8", "k8v4", "int4")
 READ = "read"
@@ -57,6 +58,18 @@ class Job:
     kv: Sequence[str]
     peers: Sequence[str]
     rounds: int
+
+
+class PrefillRow(Row):
+    """A row of a prefill.
+
+    Parameters
+    ----------
+    tokens : int
+        New tokens; `context` counts them and the past.
+    """
+
+    tokens: int
 
 
 @dataclass(slots=True)
@@ -102,7 +115,8 @@ def run(job: Job, watcher: Watcher) -> Report:
 def steps(job: Job) -> int:
     """How far a watcher's `advance` counts."""
     installed = [name for name in job.peers if peers.load(name).version() is not None]
-    return sum(len(_offers(job, problem, installed)) * (job.rounds + 1) for problem in job.problems)
+    offers = sum(len(_offers(job, problem, installed)) for problem in job.problems)
+    return offers * (job.rounds + 1) + len(job.problems) * len(job.kv) * job.rounds  # building, timing; reading
 
 
 def _status(name: str, versions: dict[str, str | None], outcome: _Outcome) -> str:
@@ -137,7 +151,7 @@ def _measure(job: Job, problem: Problem, installed: Sequence[str], outcome: _Out
         entrants.append(entrant)
     watcher.describe(where)
     set_num_threads(problem.threads)
-    readers = _readers([entrant.bytes for entrant in entrants[: len(job.kv)]])
+    readers = _readers(problem, [entrant.bytes for entrant in entrants[: len(job.kv)]])
     contenders = [entrant.contender for entrant in (*entrants, *readers)]
     timings = interleave(contenders, rounds=job.rounds, progress=watcher.advance)
     _report(problem, offers, entrants, timings, readers, outcome)
@@ -214,12 +228,10 @@ def _fill(sequence: KVCache, tokens: int, layers: int, kv_heads: int, head_dim: 
         sequence.commit()
 
 
-def _readers(sizes: Sequence[int]) -> list[Entrant]:
+def _readers(problem: Problem, sizes: Sequence[int]) -> list[Entrant]:
     """Reading as many bytes as each of our formats has; all in one buffer."""
-    from inferos.bench.timing import copies_for
-
-    rounded = sorted({-(-size // READ_STEP) * READ_STEP for size in sizes})
-    buffer = ReadBuffer(max(copies_for(size) * size for size in rounded))
+    rounded = [-(-size // READ_STEP) * READ_STEP for size in sizes]
+    buffer = ReadBuffer(max(problem.copies(size) * size for size in rounded))
     return [_reader(buffer, size) for size in rounded]
 
 
@@ -249,11 +261,12 @@ def _report(
     for reader, timing in zip(readers, timings[len(entrants) :], strict=True):
         outcome.measurements.append(_measurement(problem, READ, None, "", reader.bytes, timing))
     stock = best.get(_ORT_FP32)
+    kind: Callable[..., Row] = Row if problem.tokens == 1 else partial(PrefillRow, tokens=problem.tokens)
     for (impl, kv), (entrant, timing) in best.items():
         seconds = _seconds(timing, problem)
         nearest = min(rates, key=lambda size: abs(math.log(size / entrant.bytes)))
         outcome.rows.append(
-            Row(
+            kind(
                 impl=impl,
                 kv=kv,
                 **_place(problem),
