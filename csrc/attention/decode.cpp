@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "attention/plan.hpp"
+#include "core/cpu.hpp"
 #include "kernels/hadamard.hpp"
 #include "kernels/scalar/exp.hpp"
 
@@ -23,6 +24,8 @@ using kernels::scalar::exp_nonpositive;
 // neither changes a bit of the result.
 constexpr std::size_t kSpansPerRow = 32;
 constexpr std::size_t kSpanBlocks = 16;
+// First-level caches at least this large take what is read next directly, a tenth faster (Zen 5). In 32 KiB (Zen 4) it got in the way.
+constexpr std::size_t kNearBytes = std::size_t{48} * 1024;
 constexpr float kSkipped = 0x1p-24F;  // probabilities below this, all tokens of the context together, need no values
 constexpr std::size_t kMassQueries = 64;  // the newest queries of a prefill that count for the mass
 constexpr std::size_t kRunsPerThread =
@@ -123,6 +126,7 @@ void run_span(const Job& job, const Shape& shape, std::size_t span, const std::b
                                      .format = kVisitOrder[i],
                                      .blocks = job.lists[i].data() + (from - list_begin),
                                      .count = to - from,
+                                     .near = l1_data_bytes() >= kNearBytes,
                                      .then = to < last ? first_from(job, i + 1) : then,
                                      .o = partial.o,
                                      .m = partial.m,

@@ -229,13 +229,12 @@ def _fill(sequence: KVCache, tokens: int, layers: int, kv_heads: int, head_dim: 
 
 
 def _readers(problem: Problem, sizes: Sequence[int]) -> list[Entrant]:
-    """Reading as many bytes as each of our formats has; all in one buffer."""
-    rounded = [-(-size // READ_STEP) * READ_STEP for size in sizes]
-    buffer = ReadBuffer(max(problem.copies(size) * size for size in rounded))
-    return [_reader(buffer, size) for size in rounded]
+    """Reading as many bytes as each of our formats has, in a buffer each: what another reader left in the caches is not theirs."""
+    return [_reader(problem, -(-size // READ_STEP) * READ_STEP) for size in sizes]
 
 
-def _reader(buffer: ReadBuffer, size: int) -> Entrant:
+def _reader(problem: Problem, size: int) -> Entrant:
+    buffer = ReadBuffer(problem.copies(size) * size)
     return Entrant(Contender(READ, lambda copy: buffer.read(copy * size, size), buffer.size // size), size)
 
 
