@@ -111,6 +111,7 @@ struct Part {
     if (keys) return {static_cast<py::ssize_t>(d)};
     return {static_cast<py::ssize_t>(kBlockTokens)};
   }
+  std::size_t bytes(std::size_t d) const { return kBlockTokens * d * static_cast<std::size_t>(bits) / 8; }
   bool symmetric() const { return !keys && bits == 8; }
 };
 
@@ -134,11 +135,25 @@ using QuantizeMember = void (*QuantizeOf<T>::*)(const T*, std::size_t, std::size
 template <class T, class Code>
 using DequantizeMember = void (*QuantizeOf<T>::*)(const Code*, const std::uint16_t*, std::size_t, T*) noexcept;
 
-using Minima = std::optional<Array<std::uint16_t>>;
+// fp16, which pybind11 has no C++ type for: an array checked by hand.
+constexpr int kNumpyHalf = 23;  // NPY_HALF
+bool is_half(const py::array& array) { return array.dtype().num() == kNumpyHalf; }
+
+void require_half(const char* function, const char* name, const py::array& array) {
+  if (is_half(array) && (array.flags() & py::array::c_style) != 0) return;
+  throw py::type_error(std::string(function) + ": " + name + " is not a C-contiguous array of float16");
+}
+
+const std::uint16_t* halves(const py::array& array) { return static_cast<const std::uint16_t*>(array.data()); }
+std::uint16_t* mutable_halves(py::array& array) { return static_cast<std::uint16_t*>(array.mutable_data()); }
+
+using Minima = std::optional<py::array>;
 
 // Shapes of a part's arrays for rows of this shape.
 void require_part(const char* function, const Part& part, const Shape& blocks, std::size_t d, const py::array& codes,
                   const py::array& scales, const Minima& minima) {
+  require_half(function, "scales", scales);
+  if (minima) require_half(function, "minima", *minima);
   require_shape(function, "codes", codes, blocks + part.codes(d));
   require_shape(function, "scales", scales, blocks + part.scales(d));
   if (minima.has_value() == part.symmetric()) {
@@ -148,23 +163,37 @@ void require_part(const char* function, const Part& part, const Shape& blocks, s
   if (minima) require_shape(function, "minima", *minima, blocks + part.scales(d));
 }
 
+// float32 or float16 rows.
+template <class Run>
+void with_rows(const char* function, const char* name, const py::array& rows, Run run) {
+  if ((rows.flags() & py::array::c_style) == 0 ||
+      !(is_half(rows) || rows.dtype().num() == py::dtype::num_of<float>())) {
+    throw py::type_error(std::string(function) + ": " + name + " is not a C-contiguous array of float32 or float16");
+  }
+  if (is_half(rows)) {
+    run(std::uint16_t{});
+  } else {
+    run(float{});
+  }
+}
+
 template <class T, class Code>
-void quantize_part(const Part& part, QuantizeMember<T, Code> member, const Array<T>& x, Array<Code> codes,
-                   Array<std::uint16_t> scales, Minima minima, const std::string& isa) {
+void quantize_part(const Part& part, QuantizeMember<T, Code> member, const py::array& x, Array<Code>& codes,
+                   py::array& scales, Minima& minima, const std::string& isa) {
   const RowsShape rows = require_rows(part.quantize, "x", x, false);
   require_part(part.quantize, part, blocks_of(x, 2), rows.d, codes, scales, minima);
   const auto run = family<T>(isa).*member;
   const std::size_t grids = part.keys ? rows.d : kBlockTokens;
   const auto blocks = static_cast<std::size_t>(scales.size()) / grids;
-  const std::size_t code_bytes = blocks == 0 ? 0 : static_cast<std::size_t>(codes.size()) / blocks;
-  const T* from = x.data();
+  const std::size_t size = part.bytes(rows.d);
+  const auto* from = static_cast<const T*>(x.data());
   Code* to = codes.mutable_data();
-  std::uint16_t* to_scales = scales.mutable_data();
-  std::uint16_t* to_minima = minima ? minima->mutable_data() : nullptr;
+  std::uint16_t* to_scales = mutable_halves(scales);
+  std::uint16_t* to_minima = minima ? mutable_halves(*minima) : nullptr;
   const py::gil_scoped_release unlocked;
   std::uint16_t grid[2 * kernels::kMaxHeadDim];
   for (std::size_t b = 0; b < blocks; ++b) {
-    run(from + b * rows.tokens * rows.d, rows.tokens, rows.d, to + b * code_bytes, grid);
+    run(from + b * rows.tokens * rows.d, rows.tokens, rows.d, to + b * size, grid);
     std::copy_n(grid, grids, to_scales + b * grids);
     if (to_minima != nullptr) std::copy_n(grid + grids, grids, to_minima + b * grids);
   }
@@ -172,60 +201,62 @@ void quantize_part(const Part& part, QuantizeMember<T, Code> member, const Array
 
 template <class T, class Code>
 void dequantize_part(const Part& part, DequantizeMember<T, Code> member, const Array<Code>& codes,
-                     const Array<std::uint16_t>& scales, const Minima& minima, Array<T> x, const std::string& isa) {
-  const RowsShape rows = require_rows(part.dequantize, "out", x, false);
-  require_part(part.dequantize, part, blocks_of(x, 2), rows.d, codes, scales, minima);
+                     const py::array& scales, const Minima& minima, py::array& out, const std::string& isa) {
+  const RowsShape rows = require_rows(part.dequantize, "out", out, false);
+  require_part(part.dequantize, part, blocks_of(out, 2), rows.d, codes, scales, minima);
   const auto run = family<T>(isa).*member;
   const std::size_t grids = part.keys ? rows.d : kBlockTokens;
   const auto blocks = static_cast<std::size_t>(scales.size()) / grids;
-  const std::size_t code_bytes = blocks == 0 ? 0 : static_cast<std::size_t>(codes.size()) / blocks;
-  const Code* from = codes.data();
-  const std::uint16_t* from_scales = scales.data();
-  const std::uint16_t* from_minima = minima ? minima->data() : nullptr;
-  T* to = x.mutable_data();
-  const py::gil_scoped_release unlocked;
   const std::size_t size = rows.tokens * rows.d;
+  const Code* from = codes.data();
+  const std::uint16_t* from_scales = halves(scales);
+  const std::uint16_t* from_minima = minima ? halves(*minima) : nullptr;
+  auto* to = static_cast<T*>(out.mutable_data());
+  const py::gil_scoped_release unlocked;
   // Kernels write whole blocks.
   const auto whole = rows.tokens < kBlockTokens ? std::make_unique<T[]>(kBlockTokens * rows.d) : nullptr;
   std::uint16_t grid[2 * kernels::kMaxHeadDim];
   for (std::size_t b = 0; b < blocks; ++b) {
     std::copy_n(from_scales + b * grids, grids, grid);
     if (from_minima != nullptr) std::copy_n(from_minima + b * grids, grids, grid + grids);
-    run(from + b * code_bytes, grid, rows.d, whole ? whole.get() : to + b * size);
+    run(from + b * part.bytes(rows.d), grid, rows.d, whole ? whole.get() : to + b * size);
     if (whole) std::copy_n(whole.get(), size, to + b * size);
   }
-}
-
-template <class T, class Code>
-void add_quantize(py::module_& m, const Part& part, QuantizeMember<T, Code> member, const char* doc) {
-  m.def(
-      part.quantize,
-      [&part, member](const Array<T>& x, const Array<Code>& codes, const Array<std::uint16_t>& scales,
-                      const Minima& minima,
-                      const std::string& isa) { quantize_part(part, member, x, codes, scales, minima, isa); },
-      py::arg("x").noconvert(), py::arg("codes").noconvert(), py::arg("scales").noconvert(),
-      py::arg("minima").noconvert(), py::arg("isa") = "", doc);
-}
-
-template <class T, class Code>
-void add_dequantize(py::module_& m, const Part& part, DequantizeMember<T, Code> member, const char* doc) {
-  m.def(
-      part.dequantize,
-      [&part, member](const Array<Code>& codes, const Array<std::uint16_t>& scales, const Minima& minima,
-                      const Array<T>& out,
-                      const std::string& isa) { dequantize_part(part, member, codes, scales, minima, out, isa); },
-      py::arg("codes").noconvert(), py::arg("scales").noconvert(), py::arg("minima").noconvert(),
-      py::arg("out").noconvert(), py::arg("isa") = "", doc);
 }
 
 template <class Code>
 void add_part(py::module_& m, const Part& part, QuantizeMember<float, Code> f32,
               QuantizeMember<std::uint16_t, Code> f16, DequantizeMember<float, Code> un_f32,
               DequantizeMember<std::uint16_t, Code> un_f16) {
-  add_quantize(m, part, f32, "(..., tokens, head_dim) float32 -> codes in block order, fp16 bits of scales and minima");
-  add_quantize(m, part, f16, "The same from fp16 bits in uint16");
-  add_dequantize(m, part, un_f32, "codes, fp16 bits of scales and minima -> out, (..., tokens, head_dim) float32");
-  add_dequantize(m, part, un_f16, "The same to fp16 bits in uint16");
+  m.def(
+      part.quantize,
+      [&part, f32, f16](const py::array& x, Array<Code> codes, py::array scales, Minima minima,
+                        const std::string& isa) {
+        with_rows(part.quantize, "x", x, [&]<class T>(T) {
+          if constexpr (std::is_same_v<T, float>) {
+            quantize_part(part, f32, x, codes, scales, minima, isa);
+          } else {
+            quantize_part(part, f16, x, codes, scales, minima, isa);
+          }
+        });
+      },
+      py::arg("x").noconvert(), py::arg("codes").noconvert(), py::arg("scales").noconvert(),
+      py::arg("minima").noconvert(), py::arg("isa") = "",
+      "(..., tokens, head_dim) float32 or float16 -> codes in block order, float16 scales and minima");
+  m.def(
+      part.dequantize,
+      [&part, un_f32, un_f16](const Array<Code>& codes, const py::array& scales, const Minima& minima, py::array out,
+                              const std::string& isa) {
+        with_rows(part.dequantize, "out", out, [&]<class T>(T) {
+          if constexpr (std::is_same_v<T, float>) {
+            dequantize_part(part, un_f32, codes, scales, minima, out, isa);
+          } else {
+            dequantize_part(part, un_f16, codes, scales, minima, out, isa);
+          }
+        });
+      },
+      py::arg("codes").noconvert(), py::arg("scales").noconvert(), py::arg("minima").noconvert(),
+      py::arg("out").noconvert(), py::arg("isa") = "", "codes, float16 scales and minima -> (..., tokens, head_dim)");
 }
 
 template <class From, class To>

@@ -37,45 +37,21 @@ def attend_runnable() -> list:
     """
     Attention kernels this CPU can run, scalar first.
     """
-@typing.overload
-def dequantize_k4(codes: numpy.typing.NDArray[numpy.uint8], scales: numpy.typing.NDArray[numpy.uint16], minima: numpy.typing.NDArray[numpy.uint16] | None, out: numpy.typing.NDArray[numpy.float32], isa: str = '') -> None:
+def dequantize_k4(codes: numpy.typing.NDArray[numpy.uint8], scales: numpy.ndarray, minima: numpy.ndarray | None, out: numpy.ndarray, isa: str = '') -> None:
     """
-    codes, fp16 bits of scales and minima -> out, (..., tokens, head_dim) float32
+    codes, float16 scales and minima -> (..., tokens, head_dim)
     """
-@typing.overload
-def dequantize_k4(codes: numpy.typing.NDArray[numpy.uint8], scales: numpy.typing.NDArray[numpy.uint16], minima: numpy.typing.NDArray[numpy.uint16] | None, out: numpy.typing.NDArray[numpy.uint16], isa: str = '') -> None:
+def dequantize_k8(codes: numpy.typing.NDArray[numpy.uint8], scales: numpy.ndarray, minima: numpy.ndarray | None, out: numpy.ndarray, isa: str = '') -> None:
     """
-    The same to fp16 bits in uint16
+    codes, float16 scales and minima -> (..., tokens, head_dim)
     """
-@typing.overload
-def dequantize_k8(codes: numpy.typing.NDArray[numpy.uint8], scales: numpy.typing.NDArray[numpy.uint16], minima: numpy.typing.NDArray[numpy.uint16] | None, out: numpy.typing.NDArray[numpy.float32], isa: str = '') -> None:
+def dequantize_v4(codes: numpy.typing.NDArray[numpy.uint8], scales: numpy.ndarray, minima: numpy.ndarray | None, out: numpy.ndarray, isa: str = '') -> None:
     """
-    codes, fp16 bits of scales and minima -> out, (..., tokens, head_dim) float32
+    codes, float16 scales and minima -> (..., tokens, head_dim)
     """
-@typing.overload
-def dequantize_k8(codes: numpy.typing.NDArray[numpy.uint8], scales: numpy.typing.NDArray[numpy.uint16], minima: numpy.typing.NDArray[numpy.uint16] | None, out: numpy.typing.NDArray[numpy.uint16], isa: str = '') -> None:
+def dequantize_v8(codes: numpy.typing.NDArray[numpy.int8], scales: numpy.ndarray, minima: numpy.ndarray | None, out: numpy.ndarray, isa: str = '') -> None:
     """
-    The same to fp16 bits in uint16
-    """
-@typing.overload
-def dequantize_v4(codes: numpy.typing.NDArray[numpy.uint8], scales: numpy.typing.NDArray[numpy.uint16], minima: numpy.typing.NDArray[numpy.uint16] | None, out: numpy.typing.NDArray[numpy.float32], isa: str = '') -> None:
-    """
-    codes, fp16 bits of scales and minima -> out, (..., tokens, head_dim) float32
-    """
-@typing.overload
-def dequantize_v4(codes: numpy.typing.NDArray[numpy.uint8], scales: numpy.typing.NDArray[numpy.uint16], minima: numpy.typing.NDArray[numpy.uint16] | None, out: numpy.typing.NDArray[numpy.uint16], isa: str = '') -> None:
-    """
-    The same to fp16 bits in uint16
-    """
-@typing.overload
-def dequantize_v8(codes: numpy.typing.NDArray[numpy.int8], scales: numpy.typing.NDArray[numpy.uint16], minima: numpy.typing.NDArray[numpy.uint16] | None, out: numpy.typing.NDArray[numpy.float32], isa: str = '') -> None:
-    """
-    codes, fp16 bits of scales and minima -> out, (..., tokens, head_dim) float32
-    """
-@typing.overload
-def dequantize_v8(codes: numpy.typing.NDArray[numpy.int8], scales: numpy.typing.NDArray[numpy.uint16], minima: numpy.typing.NDArray[numpy.uint16] | None, out: numpy.typing.NDArray[numpy.uint16], isa: str = '') -> None:
-    """
-    The same to fp16 bits in uint16
+    codes, float16 scales and minima -> (..., tokens, head_dim)
     """
 def f16_to_f32(x: numpy.typing.NDArray[numpy.uint16], out: numpy.typing.NDArray[numpy.float32], isa: str = '') -> None:
     """
@@ -101,45 +77,21 @@ def pack_block(format: str, k: numpy.typing.NDArray[numpy.float32], v: numpy.typ
     """
     (tokens, head_dim) float32 keys and values -> the bytes of one block
     """
-@typing.overload
-def quantize_k4(x: numpy.typing.NDArray[numpy.float32], codes: numpy.typing.NDArray[numpy.uint8], scales: numpy.typing.NDArray[numpy.uint16], minima: numpy.typing.NDArray[numpy.uint16] | None, isa: str = '') -> None:
+def quantize_k4(x: numpy.ndarray, codes: numpy.typing.NDArray[numpy.uint8], scales: numpy.ndarray, minima: numpy.ndarray | None, isa: str = '') -> None:
     """
-    (..., tokens, head_dim) float32 -> codes in block order, fp16 bits of scales and minima
+    (..., tokens, head_dim) float32 or float16 -> codes in block order, float16 scales and minima
     """
-@typing.overload
-def quantize_k4(x: numpy.typing.NDArray[numpy.uint16], codes: numpy.typing.NDArray[numpy.uint8], scales: numpy.typing.NDArray[numpy.uint16], minima: numpy.typing.NDArray[numpy.uint16] | None, isa: str = '') -> None:
+def quantize_k8(x: numpy.ndarray, codes: numpy.typing.NDArray[numpy.uint8], scales: numpy.ndarray, minima: numpy.ndarray | None, isa: str = '') -> None:
     """
-    The same from fp16 bits in uint16
+    (..., tokens, head_dim) float32 or float16 -> codes in block order, float16 scales and minima
     """
-@typing.overload
-def quantize_k8(x: numpy.typing.NDArray[numpy.float32], codes: numpy.typing.NDArray[numpy.uint8], scales: numpy.typing.NDArray[numpy.uint16], minima: numpy.typing.NDArray[numpy.uint16] | None, isa: str = '') -> None:
+def quantize_v4(x: numpy.ndarray, codes: numpy.typing.NDArray[numpy.uint8], scales: numpy.ndarray, minima: numpy.ndarray | None, isa: str = '') -> None:
     """
-    (..., tokens, head_dim) float32 -> codes in block order, fp16 bits of scales and minima
+    (..., tokens, head_dim) float32 or float16 -> codes in block order, float16 scales and minima
     """
-@typing.overload
-def quantize_k8(x: numpy.typing.NDArray[numpy.uint16], codes: numpy.typing.NDArray[numpy.uint8], scales: numpy.typing.NDArray[numpy.uint16], minima: numpy.typing.NDArray[numpy.uint16] | None, isa: str = '') -> None:
+def quantize_v8(x: numpy.ndarray, codes: numpy.typing.NDArray[numpy.int8], scales: numpy.ndarray, minima: numpy.ndarray | None, isa: str = '') -> None:
     """
-    The same from fp16 bits in uint16
-    """
-@typing.overload
-def quantize_v4(x: numpy.typing.NDArray[numpy.float32], codes: numpy.typing.NDArray[numpy.uint8], scales: numpy.typing.NDArray[numpy.uint16], minima: numpy.typing.NDArray[numpy.uint16] | None, isa: str = '') -> None:
-    """
-    (..., tokens, head_dim) float32 -> codes in block order, fp16 bits of scales and minima
-    """
-@typing.overload
-def quantize_v4(x: numpy.typing.NDArray[numpy.uint16], codes: numpy.typing.NDArray[numpy.uint8], scales: numpy.typing.NDArray[numpy.uint16], minima: numpy.typing.NDArray[numpy.uint16] | None, isa: str = '') -> None:
-    """
-    The same from fp16 bits in uint16
-    """
-@typing.overload
-def quantize_v8(x: numpy.typing.NDArray[numpy.float32], codes: numpy.typing.NDArray[numpy.int8], scales: numpy.typing.NDArray[numpy.uint16], minima: numpy.typing.NDArray[numpy.uint16] | None, isa: str = '') -> None:
-    """
-    (..., tokens, head_dim) float32 -> codes in block order, fp16 bits of scales and minima
-    """
-@typing.overload
-def quantize_v8(x: numpy.typing.NDArray[numpy.uint16], codes: numpy.typing.NDArray[numpy.int8], scales: numpy.typing.NDArray[numpy.uint16], minima: numpy.typing.NDArray[numpy.uint16] | None, isa: str = '') -> None:
-    """
-    The same from fp16 bits in uint16
+    (..., tokens, head_dim) float32 or float16 -> codes in block order, float16 scales and minima
     """
 def rotate(x: numpy.typing.NDArray[numpy.float32], out: numpy.typing.NDArray[numpy.float32], isa: str = '') -> None:
     """

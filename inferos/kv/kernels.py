@@ -49,6 +49,9 @@ _native = _core.kernels
 _native.active_isa()
 
 _BLOCK_TOKENS = 64
+_HALF, _SINGLE = np.dtype(np.float16), np.dtype(np.float32)
+_QUANTIZE = {part: getattr(_native, f"quantize_{part}") for part in ("k8", "k4", "v8", "v4")}
+_DEQUANTIZE = {part: getattr(_native, f"dequantize_{part}") for part in ("k8", "k4", "v8", "v4")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,28 +112,14 @@ def _empty(part: _Part, x: _Rows) -> Quantized:
 
 
 def _quantized(part: _Part, x: _Rows, isa: str, out: Quantized | None) -> Quantized:
-    if x.dtype == np.uint16:
-        raise TypeError(f"quantize: x has dtype {x.dtype}, wanted float32 or float16")
     if out is None:
         out = _empty(part, x)
     elif (out.part, out.tokens, out.head_dim) != (part, *x.shape[-2:]):
         raise ShapeError(
             f"quantize_{part}: out is {out.part} of {out.tokens} tokens, head_dim {out.head_dim}; x has shape {x.shape}"
         )
-    _run("quantize", part, x, out, isa)
+    _QUANTIZE[part](x, out.codes, out.scales, out.minima, isa)
     return out
-
-
-def _run(direction: Literal["quantize", "dequantize"], part: _Part, x: _Rows, q: Quantized, isa: str) -> None:
-    """Between rows and codes, in either direction. fp16 crosses as its bits."""
-    rows = x.view(np.uint16) if x.dtype == np.float16 else x
-    scales = q.scales.view(np.uint16)
-    minima = None if q.minima is None else q.minima.view(np.uint16)
-    native = getattr(_native, f"{direction}_{part}")
-    if direction == "quantize":
-        native(rows, q.codes, scales, minima, isa)
-    else:
-        native(q.codes, scales, minima, rows, isa)
 
 
 def _width(function: str, bits: int) -> Literal[8, 4]:
@@ -205,13 +194,13 @@ def quantize_v(x: _Rows, bits: int = 8, *, isa: str = "", out: Quantized | None 
 
 
 def _dequantized(q: Quantized, half: bool, isa: str, out: _Rows | None) -> _Rows:
-    dtype = np.float16 if half else np.float32
+    dtype = _HALF if half else _SINGLE
     rows = np.empty((*q.codes.shape[:-4], q.tokens, q.head_dim), dtype) if out is None else out
     if rows.dtype != dtype:
-        raise TypeError(f"dequantize_{q.part}: out has dtype {rows.dtype}, wanted {np.dtype(dtype)}")
+        raise TypeError(f"dequantize_{q.part}: out has dtype {rows.dtype}, wanted {dtype}")
     if rows.shape[-2:] != (q.tokens, q.head_dim):
         raise ShapeError(f"dequantize_{q.part}: out has shape {rows.shape}, wanted (..., {q.tokens}, {q.head_dim})")
-    _run("dequantize", q.part, rows, q, isa)
+    _DEQUANTIZE[q.part](q.codes, q.scales, q.minima, rows, isa)
     return rows
 
 
