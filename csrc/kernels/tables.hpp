@@ -4,12 +4,14 @@
 #include "kernels/hadamard.hpp"
 #include "kernels/logits.hpp"
 #include "kernels/quantize.hpp"
+#include "kernels/read.hpp"
 
 namespace inferos::kernels::scalar {
 extern const Convert kConvert;
 extern const Quantize kQuantize;
 extern const Hadamard kHadamard;
 extern const Logits kLogits;
+extern const Read kRead;
 }  // namespace inferos::kernels::scalar
 
 namespace inferos::kernels::avx2 {
@@ -17,6 +19,7 @@ extern const Convert kConvert;
 extern const Quantize kQuantize;
 extern const Hadamard kHadamard;
 extern const Logits kLogits;
+extern const Read kRead;
 }  // namespace inferos::kernels::avx2
 
 namespace inferos::kernels::avx512vnni {
@@ -24,4 +27,5 @@ extern const Convert kConvert;
 extern const Quantize kQuantize;
 extern const Hadamard kHadamard;
 extern const Logits kLogits;
+extern const Read kRead;
 }  // namespace inferos::kernels::avx512vnni
