@@ -3,21 +3,25 @@
 
 #include "kernels/hadamard.hpp"
 #include "kernels/quantize.hpp"
+#include "kernels/read.hpp"
 
 namespace inferos::kernels::scalar {
 extern const Convert kConvert;
 extern const Quantize kQuantize;
 extern const Hadamard kHadamard;
+extern const Read kRead;
 }  // namespace inferos::kernels::scalar
 
 namespace inferos::kernels::avx2 {
 extern const Convert kConvert;
 extern const Quantize kQuantize;
 extern const Hadamard kHadamard;
+extern const Read kRead;
 }  // namespace inferos::kernels::avx2
 
 namespace inferos::kernels::avx512vnni {
 extern const Convert kConvert;
 extern const Quantize kQuantize;
 extern const Hadamard kHadamard;
+extern const Read kRead;
 }  // namespace inferos::kernels::avx512vnni

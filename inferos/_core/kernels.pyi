@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy
 import numpy.typing
 import typing
-__all__: list[str] = ['Attend', 'active_isa', 'attend_runnable', 'dequantize_k4', 'dequantize_k8', 'dequantize_v4', 'dequantize_v8', 'f16_to_f32', 'f32_to_f16', 'pack_block', 'quantize_k4', 'quantize_k8', 'quantize_v4', 'quantize_v8', 'rotate', 'runnable_isas', 'unpack_block']
+__all__: list[str] = ['Attend', 'ReadBuffer', 'active_isa', 'attend_runnable', 'dequantize_k4', 'dequantize_k8', 'dequantize_v4', 'dequantize_v8', 'f16_to_f32', 'f32_to_f16', 'pack_block', 'quantize_k4', 'quantize_k8', 'quantize_v4', 'quantize_v8', 'rotate', 'runnable_isas', 'unpack_block']
 class Attend:
     """
     Attention kernels of one ISA; csrc/kernels/attend.hpp fixes what they compute.
@@ -28,6 +28,22 @@ class Attend:
         """
     @property
     def isa(self) -> str:
+        ...
+class ReadBuffer:
+    """
+    Memory to read, in huge pages where the system gives them.
+    """
+    def __init__(self, bytes: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
+    def read(self, offset: typing.SupportsInt | typing.SupportsIndex, bytes: typing.SupportsInt | typing.SupportsIndex, isa: str = '') -> int:
+        """
+        Reads every byte once; the exclusive or of its words of 64 bits.
+        """
+    @property
+    def huge(self) -> bool:
+        ...
+    @property
+    def size(self) -> int:
         ...
 def active_isa() -> str:
     """

@@ -2,5 +2,16 @@
 
 from inferos.kv import kernels
 from inferos.kv.cache import KV_FORMATS, Arena, ArenaStats, KVCache, KVStats, LayerSpec, library_path
+from inferos.kv.reading import ReadBuffer
 
-__all__ = ["Arena", "ArenaStats", "KVCache", "KVStats", "KV_FORMATS", "LayerSpec", "kernels", "library_path"]
+__all__ = [
+    "Arena",
+    "ArenaStats",
+    "KVCache",
+    "KVStats",
+    "KV_FORMATS",
+    "LayerSpec",
+    "ReadBuffer",
+    "kernels",
+    "library_path",
+]
