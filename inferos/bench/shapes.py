@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from onnx import TensorProto, helper
+from onnx import TensorProto
 
 from inferos.errors import ConfigError
 from inferos.runtime.decoder_graph import Architecture, DecoderGraph, decoder_model, genai_config
@@ -168,9 +168,7 @@ class _Int4Weights:
         vocab, hidden = self._shape.vocab, self._shape.hidden
         name, path = "model.embed_tokens", "/model/embed_tokens/Gather"
         self._table = self._data.write_random(vocab * hidden // 2, self._random)
-        graph.initializers.append(
-            _external(f"{name}.weight_Q4", TensorProto.UINT8, [vocab, hidden // 2], self._table)
-        )
+        graph.initializers.append(_external(f"{name}.weight_Q4", TensorProto.UINT8, [vocab, hidden // 2], self._table))
         scales = self._scales(graph, name, hidden, vocab)
         return graph.node(
             "GatherBlockQuantized",
@@ -278,9 +276,15 @@ def model_folder(shape: Shape) -> Path:
 
 
 def _write_folder(shape: Shape, folder: Path) -> None:
-    folder.mkdir()
-    with (folder / _DATA).open("wb") as file:
-        model = decoder_model(shape.architecture, _Int4Weights(shape, _DataFile(file)))
-    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    # Here, because a run that finds its folder needs no session to write one.
+    from inferos.bench.peers.ort_decoder import save_prepacked
+
+    with tempfile.TemporaryDirectory(prefix="raw.", dir=folder.parent) as raw:
+        path = Path(raw) / "model.onnx"
+        with path.with_name(_DATA).open("wb") as file:
+            model = decoder_model(shape.architecture, _Int4Weights(shape, _DataFile(file)))
+        path.write_bytes(model.SerializeToString())
+        folder.mkdir()
+        save_prepacked(path, folder)
     config = genai_config(shape.architecture, bos=0, eos=0, max_length=shape.positions)
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", "utf-8")

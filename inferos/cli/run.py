@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from inferos.cli import _generation, _options, _output
+from inferos.cli import _bench_e2e, _generation, _options, _output
 from inferos.cli._generation import (
     MaxTokensOption,
     MinPOption,
@@ -32,13 +32,16 @@ from inferos.cli._options import (
     OptimizationOption,
     ThreadsOption,
 )
+from inferos.errors import ConfigError
 
 __all__ = ["run"]
 
 
 def run(
     model: ModelArgument,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What the model continues; - reads stdin.")],
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="What the model continues; - reads stdin.")
+    ] = None,
     max_tokens: MaxTokensOption = 256,
     temperature: TemperatureOption = None,
     top_k: TopKOption = None,
@@ -55,6 +58,9 @@ def run(
     memory_limit: MemoryLimitOption = None,
     device: DeviceOption = "auto",
     threads: ThreadsOption = 0,
+    benchmark: Annotated[
+        bool, typer.Option("--benchmark", help="Instead of an answer: inferos bench e2e on this model.")
+    ] = False,
     json_path: JsonOption = None,
     dry_run: DryRunOption = False,
     _debug: DebugOption = False,
@@ -67,6 +73,11 @@ def run(
     if dry_run:
         _generation.show_plan(request, max_tokens, json_path)
         return
+    if benchmark:
+        _bench_e2e.benchmark(model, threads=threads, json_path=json_path)
+        return
+    if prompt is None:
+        raise ConfigError("PROMPT: it is missing; wanted a text, or - for stdin")
     text = sys.stdin.read() if prompt == "-" else prompt
     with _generation.load_model(request) as loaded:
         generation = loaded.generate(

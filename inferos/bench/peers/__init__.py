@@ -1,0 +1,3 @@
+"""Other implementations, from their own packages."""
+
+__all__: list[str] = []
