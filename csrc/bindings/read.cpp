@@ -1,6 +1,7 @@
 // _core.kernels.ReadBuffer: memory that benchmarks read at the machine's own speed.
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <string>
 #include <vector>
@@ -8,12 +9,29 @@
 #include "bindings/bindings.hpp"
 #include "core/aligned_buffer.hpp"
 #include "core/checked.hpp"
+#include "core/thread_pool.hpp"
 #include "kernels/read.hpp"
 
 namespace inferos::bindings {
 namespace {
 
 using kernels::kReadStep;
+
+// A range in equal parts, and the exclusive or of those done so far.
+struct Slices {
+  std::uint64_t (*fold)(const std::byte* p, std::size_t n) noexcept;
+  const std::byte* data;
+  std::size_t steps;
+  std::size_t count = 1;
+  std::atomic<std::uint64_t> all{0};
+
+  static void fold_one(void* context, std::size_t i) {
+    auto& slices = *static_cast<Slices*>(context);
+    const std::size_t first = slices.steps * i / slices.count;
+    const std::size_t last = slices.steps * (i + 1) / slices.count;
+    slices.all.fetch_xor(slices.fold(slices.data + first * kReadStep, (last - first) * kReadStep));
+  }
+};
 
 class ReadBuffer {
  public:
@@ -38,14 +56,20 @@ class ReadBuffer {
       throw Error(ErrorCode::kShape, "read: offset is " + std::to_string(offset) + " and bytes " +
                                          std::to_string(bytes) + ", wanted multiples of " + std::to_string(kReadStep));
     }
-    const auto fold = table(isa).fold;
+    Slices slices{table(isa).fold, buffer_.data() + first, count / kReadStep};
     const py::gil_scoped_release unlocked;
-    return fold(buffer_.data() + first, count);
+    ThreadPool& pool = ThreadPool::process();
+    const std::size_t threads = pool.concurrency();
+    slices.count = threads == 1 ? 1 : threads * kSlicesPerThread;
+    pool.parallel_for(slices.count, &Slices::fold_one, &slices);
+    return slices.all.load();
   }
 
  private:
   static constexpr std::uint64_t kWord = 0x9E3779B97F4A7C15;  // odd: no two words are equal
   static constexpr std::int64_t kMost = std::int64_t{1} << 40;
+
+  static constexpr std::size_t kSlicesPerThread = 4;  // a thread that wakes late is helped out
 
   static std::size_t rounded(std::size_t value, std::size_t step) { return (value + step - 1) / step * step; }
 

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 from inferos.bench.decoders import Greedy, InferosRows, RandomKv, Rows
 from inferos.bench.memory import available_bytes, private_bytes
-from inferos.bench.reading import ReadSpeed
 from inferos.bench.record import OURS, Peer, Row
 from inferos.bench.statistics import fit_line, median_ratio
 from inferos.bench.timing import Contender, Timing, interleave
 from inferos.bench.weights import WeightBytes, weight_bytes
 from inferos.errors import ConfigError, InferosError
+from inferos.kv import ReadBuffer, set_num_threads
 from inferos.runtime.layout import ModelLayout
 from inferos.runtime.session import open_session
 
@@ -35,6 +35,7 @@ SCALE_CONTEXTS = (8192, 65_536, 262_144, 1_048_576)  # tokens
 MEASURED = "measured"
 _SINGLE = "single rows"
 _TRIAL_ROUNDS = 5
+_READ_BYTES, _READ_COPIES = 64 << 20, 4  # read a turn; parts read in turn, so that none is in a cache
 _SPARE_BYTES = 1 << 30  # left to the rest of the machine
 # Bits that a cached value takes at most, scales included; the newest tokens are FP16 on top.
 _BITS = {"f16": 17.0, "int8": 9.5, "k8v4": 7.5, "int4": 5.5}
@@ -168,7 +169,7 @@ class EndToEnd:
         self._layout, self._name, self._plan = layout, name, plan
         self._weights: WeightBytes = weight_bytes(layout)
         self._random = RandomKv()
-        self._read = ReadSpeed(plan.threads)
+        self._read = ReadBuffer(_READ_BYTES * _READ_COPIES)
         self._ours: Any = None
         self._stock: dict[StockForm, StockSession] = {}
         self._session_bytes: dict[object, int | None] = {}
@@ -277,25 +278,24 @@ class EndToEnd:
         return entries
 
     def _build_stock(self, kv: str, filled: int, batch: int, opened: contextlib.ExitStack) -> list[_Entry]:
-        from inferos.bench.peers.ort_decoder import FORMS, StockRows, StockSession
+        from inferos.bench.peers.ort_decoder import StockRows, StockSession, forms
 
-        forms = [form for form in FORMS if form.kv == kv]
+        ways = forms(kv, self._plan.threads)
         capacity = filled + spare_tokens(self._plan.rounds)
         width = 1 if kv == "int8" else {"float32": 4, "float16": 2}[self._layout.dtype]
         self._require(width * batch * self._elements(capacity))
-        for form in forms:
+        for form in ways:
             if form not in self._stock:
                 opener = functools.partial(StockSession, self._layout, form, self._plan.threads)
                 self._stock[form] = self._session(form, opener)
-        buffers = self._stock[forms[0]].buffers(batch, capacity, filled, self._random)
-        # In turns at the same positions, so one set of buffers serves all forms.
-        tried = {form: StockRows(self._stock[form], buffers, filled) for form in forms}
+        buffers = self._stock[ways[0]].buffers(batch, capacity, filled, self._random)
+        # They come one after the other at the same positions, so one set of buffers serves them all.
+        tried = {form: StockRows(self._stock[form], buffers, filled) for form in ways}
         for rows in tried.values():
             opened.callback(rows.close)
         best = self._trial(tried, batch)
-        rows = tried[best]
-        rows.length = filled
-        return [_Entry(PEER, self._stock_kv(kv), rows, best.way, self._peak(best, rows, batch))]
+        tried[best].length = filled
+        return [_Entry(PEER, self._stock_kv(kv), tried[best], best.way, self._peak(best, tried[best], batch))]
 
     def _trial(self, tried: dict[StockForm, Any], batch: int) -> StockForm:
         forms = list(tried)
@@ -322,7 +322,8 @@ class EndToEnd:
 
     def _measure(self, entries: list[_Entry], batch: int, progress: Callable[[int], object] | None) -> None:
         contenders = [Contender(f"{e.impl} {e.kv}", Greedy(e.rows, batch)) for e in entries]
-        read = Contender("read", self._read, copies=self._read.copies)
+        set_num_threads(self._plan.threads)
+        read = Contender("read", lambda copy: self._read.read(copy * _READ_BYTES, _READ_BYTES), _READ_COPIES)
         timings = interleave([*contenders, read], rounds=self._plan.rounds, turn_seconds=0.0, progress=progress)
         for entry, timing in zip(entries, timings, strict=False):
             entry.timing = timing
@@ -352,7 +353,7 @@ class EndToEnd:
 
     def _values(self, entry: _Entry, stock: dict[str, _Entry], single: _Entry | None, batch: int) -> dict[str, Any]:
         weights, cached = self._weights.read, entry.rows.kv_bytes
-        per_byte = self._best(self._read_timing) / self._read.bytes
+        per_byte = self._best(self._read_timing) / _READ_BYTES
         values: dict[str, Any] = {
             "way": entry.way,
             "ms_cpu_best": 1e3 * entry.timing.cpu_best,

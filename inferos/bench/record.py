@@ -76,7 +76,7 @@ class Peer(_Strict):
     ----------
     name : str
     status : str
-        "measured", "not installed", or "failed: ..." with the reason.
+        "measured" (and what could not be), "not installed", "not part of this benchmark" or "failed: ...".
     version : str, optional
     """
 

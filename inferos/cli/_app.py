@@ -106,9 +106,9 @@ app.command("demo")(demo.demo)
 app.command("run")(run.run)
 app.command("chat")(chat.chat)
 app.command("eval")(evaluate.evaluate)
-app.add_typer(bench.bench)
 app.command("rewrite")(folder.rewrite)
 app.command("doctor")(doctor.doctor)
+app.add_typer(bench.group, name="bench")
 
 
 def main() -> None:

@@ -1,14 +1,14 @@
-"""`inferos bench`: speed and memory, measured next to the peers."""
+"""`inferos bench`: a group of commands, each in a file of its own and on a line of its own here."""
 
 from __future__ import annotations
 
 import typer
 
-from inferos.cli import _bench_e2e
+from inferos.cli import bench_attention, bench_e2e
 
-__all__ = ["bench"]
+__all__ = ["group"]
 
-bench = typer.Typer(
-    name="bench", help="Measure speed and memory next to the peers.", no_args_is_help=True, rich_markup_mode=None
-)
-bench.command("e2e")(_bench_e2e.e2e)
+group = typer.Typer(help="Measure inferos and its peers, in turns in one process.", rich_markup_mode=None)
+group.command("decode")(bench_attention.decode)
+group.command("prefill")(bench_attention.prefill)
+group.command("e2e")(bench_e2e.e2e)

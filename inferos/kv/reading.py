@@ -39,7 +39,7 @@ class ReadBuffer:
         return self._native.huge
 
     def read(self, offset: int, count: int, *, isa: str = "") -> int:
-        """Read every byte once.
+        """Read every byte once, on the threads of `set_num_threads`.
 
         Parameters
         ----------

@@ -259,13 +259,13 @@ def test_a_baseline_of_a_rewritten_model_is_refused(tiny: ModelLayout, tmp_path:
         EndToEnd(read_layout(folder), "tiny", Plan((CONTEXT,), modes=(BASELINE,)))
 
 
-def test_run_benchmark_is_bench_e2e_on_that_model(
+def test_run_benchmark_isbench_e2e_on_that_model(
     tiny: ModelLayout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from inferos.cli import _bench_e2e
+    from inferos.cli import bench_e2e
 
-    monkeypatch.setattr(_bench_e2e, "_CONTEXTS", (CONTEXT,))
-    monkeypatch.setattr(_bench_e2e, "_ROUNDS", 2)
+    monkeypatch.setattr(bench_e2e, "_CONTEXTS", (CONTEXT,))
+    monkeypatch.setattr(bench_e2e, "_ROUNDS", 2)
     path = tmp_path / "run.json"
     result = call("run", tiny.folder, "--benchmark", "--json", path)
     assert result.exit_code == 0, result.output

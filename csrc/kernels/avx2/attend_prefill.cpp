@@ -171,7 +171,7 @@ void run_rows(const PrefillTile& tile, std::size_t first) noexcept {
   logits<R>(x);
   for (std::size_t r = 0; r < R; ++r) {
     if (x.range[r].lo >= x.range[r].hi) continue;
-    x.alpha[r] = softmax_step(x.s[r], x.range[r], tile.softcap, nullptr, tile.m[first + r], tile.l[first + r]);
+    x.alpha[r] = softmax_step(x.s[r], x.range[r], tile.softcap, nullptr, tile.m[first + r], tile.l[first + r]).alpha;
   }
   values<R>(x);
 }

@@ -110,6 +110,7 @@ void decode_block(const DecodeTask& task, const BlockView& block, std::size_t g,
 
   float p[kT];
   const float alpha = softmax_step(s, p, task.m[g], task.l[g]);
+  if (largest_of(s, task.m[g]) < task.skip_below) return;
   float* o = task.o + g * task.d;
   if (f16)
     f16_values(task, block, p, range, alpha, o);

@@ -6,10 +6,7 @@ it. INT8 caches have static scales, per tensor or per channel. Each form is trie
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +17,15 @@ import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
 from inferos.bench.decoders import RandomKv
+from inferos.bench.peers.ort import flash_attention
 from inferos.errors import ModelError, ProviderError
 from inferos.runtime._graph import AttentionNode, attention_nodes, load_graph
 from inferos.runtime._ort import ORT_ERRORS, open_ort, session_options
 from inferos.runtime.layout import ModelLayout
 from inferos.runtime.protocols import Ids
 
-__all__ = ["FORMS", "StockForm", "StockRows", "StockSession", "save_prepacked"]
+__all__ = ["FORMS", "StockForm", "StockRows", "StockSession", "forms", "save_prepacked"]
 
-_FLASH_VARIABLE = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 _LARGEST = 4.0  # what an INT8 value of 127 stands for: nearly all of a standard normal
 _SCALE_INPUTS = 12  # position of k_scale among GroupQueryAttention's inputs; v_scale follows
 
@@ -45,17 +42,21 @@ class StockForm:
         "", PER_TENSOR or PER_CHANNEL.
     flash : bool
         False: with ORT_GQA_DISABLE_FLASH_ATTENTION=1.
+    spinning : bool
+        Whether its threads wait for the next node in a loop, ONNX Runtime's default. They stop at the end of a run,
+        so as not to take the processor from whoever comes next.
     """
 
     kv: str
     scales: str = ""
     flash: bool = True
+    spinning: bool = False
 
     @property
     def way(self) -> str:
         """What tells it from others of the same type."""
         scales = f"{self.scales.lower().replace('_', ' ')}, " if self.scales else ""
-        return scales + ("flash" if self.flash else "no flash")
+        return scales + ("flash" if self.flash else "no flash") + (", spinning" if self.spinning else "")
 
 
 FORMS = tuple(
@@ -63,6 +64,12 @@ FORMS = tuple(
     for kv, scales in (("model", ""), ("int8", "PER_TENSOR"), ("int8", "PER_CHANNEL"))
     for flash in (True, False)
 )
+
+
+def forms(kv: str, threads: int) -> list[StockForm]:
+    """The ways to keep a cache of this type; with several threads, each with and without spinning."""
+    found = [form for form in FORMS if form.kv == kv]
+    return found if threads == 1 else [*found, *(replace(form, spinning=True) for form in found)]
 
 
 class StockSession:
@@ -79,8 +86,12 @@ class StockSession:
         self.form = form
         self.dtype: npt.DTypeLike = np.int8 if form.kv == "int8" else layout.dtype
         model: bytes | Path = _with_int8(layout, form) if form.kv == "int8" else layout.model_path
-        with _flash(form.flash):
-            self.ort = open_ort(model, session_options(threads), layout.folder)
+        options = session_options(threads)
+        if form.spinning:
+            options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+            options.add_session_config_entry("session.force_spinning_stop", "1")
+        with flash_attention(form.flash):
+            self.ort = open_ort(model, options, layout.folder)
         self.logits_type = np.float16 if "float16" in self.ort.get_outputs()[0].type else np.float32
 
     def buffers(self, rows: int, capacity: int, length: int, random: RandomKv) -> list[npt.NDArray[Any]]:
@@ -171,20 +182,6 @@ class StockRows:
 
     def _bind(self, name: str, values: npt.NDArray[Any]) -> None:
         self._binding.bind_input(name, "cpu", 0, values.dtype, values.shape, values.ctypes.data)
-
-
-@contextmanager
-def _flash(wanted: bool) -> Iterator[None]:
-    """The variable as the form wants it; a session reads it when it is opened."""
-    before = os.environ.get(_FLASH_VARIABLE)
-    os.environ[_FLASH_VARIABLE] = "0" if wanted else "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_FLASH_VARIABLE]
-        else:
-            os.environ[_FLASH_VARIABLE] = before
 
 
 def _with_int8(layout: ModelLayout, form: StockForm) -> bytes:

@@ -65,8 +65,8 @@ def e2e(
     _output.check_json_path(json_path)
     chosen_modes = _words("--compare-modes", modes or (OURS if scale else ",".join(MODES)), MODES)
     formats = _words("--kv", kv or (_SCALE_FORMATS if scale else _FORMATS), ("f16", "int8", "k8v4", "int4"))
-    rows = _numbers("--batch", batch, _MOST_ROWS)
-    asked = None if context is None else _numbers("--context", context, _LONGEST)
+    rows = _options.whole_numbers("--batch", batch, 1, _MOST_ROWS)
+    asked = None if context is None else _options.whole_numbers("--context", context, 1, _LONGEST)
     name = model or (_SCALE_MODEL if scale else _DEFAULT_MODEL)
     layout = _layout(name)
     contexts = asked or (SCALE_CONTEXTS if scale else _fitting(layout, rounds))
@@ -74,9 +74,9 @@ def e2e(
     _Job(layout, name, plan, scale).run(json_path)
 
 
-def benchmark(model: str, *, threads: int, json_path: Path | None) -> None:
-    """`inferos run --benchmark`: the same with the defaults."""
-    e2e(model, threads=threads or 1, json_path=json_path)
+def benchmark(model: str, *, kv: str | None, threads: int, json_path: Path | None) -> None:
+    """`inferos run --benchmark`: the same, with the defaults for what `run` does not know."""
+    e2e(model, kv=kv, threads=threads or 1, json_path=json_path)
 
 
 def _layout(name: str) -> ModelLayout:
@@ -96,16 +96,6 @@ def _words(option: str, given: str, known: Sequence[str]) -> tuple[str, ...]:
     if unknown or not words:
         raise ConfigError(f"{option}: {given!r} is no list of {', '.join(known)}")
     return words
-
-
-def _numbers(option: str, given: str, most: int) -> tuple[int, ...]:
-    try:
-        numbers = tuple(dict.fromkeys(int(word) for word in given.split(",")))
-    except ValueError:
-        raise ConfigError(f"{option}: {given!r} is no list of whole numbers, such as 512,4096") from None
-    for number in numbers:
-        _options.check_range(option, number, 1, most)
-    return numbers
 
 
 def _fitting(layout: ModelLayout, rounds: int) -> tuple[int, ...]:
