@@ -8,11 +8,11 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from inferos.kv import Arena
+from inferos.kv import Arena, KVCache
 from inferos.runtime._compressed import CompressedSequence, CompressedSession
 from inferos.runtime.protocols import Float32, Ids
 
-__all__ = ["Greedy", "InferosRows", "RandomKv", "Rows", "SingleRows"]
+__all__ = ["Greedy", "InferosRows", "RandomKv", "Rows"]
 
 _CHUNK = 1024  # tokens of random K and V; a longer past repeats them
 
@@ -65,67 +65,34 @@ class InferosRows:
     Parameters
     ----------
     session : CompressedSession
-    kv : str
-        Format of the caches, whatever the session's own is.
-    rows : int
+    sequences : sequence of CompressedSequence
+        Of this session, all in one arena.
+    arena : Arena
+    together : bool, default True
+        False: a step is one run for each row, one after the other.
     """
 
-    def __init__(self, session: CompressedSession, kv: str, rows: int) -> None:
+    def __init__(
+        self,
+        session: CompressedSession,
+        sequences: Sequence[CompressedSequence],
+        arena: Arena,
+        *,
+        together: bool = True,
+    ) -> None:
         self._session = session
-        self._arena = Arena()
-        self.sequences = [CompressedSequence(session, session.new_cache(kv=kv, arena=self._arena)) for _ in range(rows)]
-
-    def fill(self, length: int, random: RandomKv) -> None:
-        """Append random K and V until every row has `length` tokens."""
-        for sequence in self.sequences:
-            cache = sequence.cache
-            while cache.length < length:
-                tokens = min(_CHUNK, length - cache.length)
-                cache.begin(tokens)
-                for index, layer in enumerate(cache.layers):
-                    k, v = random.chunk(layer.kv_heads, layer.head_dim)
-                    cache.append(index, k[:tokens], v[:tokens])
-                cache.commit()
-
-    @property
-    def length(self) -> int:
-        """Tokens of a row."""
-        return self.sequences[0].length
-
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes of all rows' blocks."""
-        return sum(sequence.kv_bytes for sequence in self.sequences)
-
-    @property
-    def held_bytes(self) -> int:
-        """Bytes that the rows' arena took from the system, at most so far."""
-        return self._arena.stats().reserved_high_water_bytes
-
-    def single(self) -> SingleRows:
-        """The same rows, each in a run of its own; they share the arena."""
-        return SingleRows(self._session, self.sequences, self._arena)
-
-    def step(self, ids: Ids) -> Float32:
-        """One token for each row, in one run."""
-        return self._session.step(self.sequences, ids)
-
-    def close(self) -> None:
-        """Free the caches."""
-        for sequence in self.sequences:
-            sequence.close()
-
-
-class SingleRows:
-    """Rows stepped one after the other, each in a run of its own: what `InferosRows` saves.
-
-    They are forks, so packed blocks are those of the originals.
-    """
-
-    def __init__(self, session: CompressedSession, sequences: Sequence[CompressedSequence], arena: Arena) -> None:
-        self._session = session
+        self._sequences = sequences
         self._arena = arena
-        self._sequences = [sequence.fork() for sequence in sequences]
+        self._together = together
+
+    @classmethod
+    def filled(cls, session: CompressedSession, kv: str, rows: int, length: int, random: RandomKv) -> InferosRows:
+        """Rows with a random past of `length` tokens in caches of format `kv`, whatever the session's own is."""
+        arena = Arena()
+        sequences = [CompressedSequence(session, session.new_cache(kv=kv, arena=arena)) for _ in range(rows)]
+        for sequence in sequences:
+            _fill(sequence.cache, length, random)
+        return cls(session, sequences, arena)
 
     @property
     def length(self) -> int:
@@ -139,11 +106,18 @@ class SingleRows:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of the arena that the originals are in as well."""
+        """Bytes that the arena took from the system, at most so far."""
         return self._arena.stats().reserved_high_water_bytes
 
+    def apart(self) -> InferosRows:
+        """Forks of the rows, stepped one after the other: what running them together saves."""
+        forks = [sequence.fork() for sequence in self._sequences]
+        return InferosRows(self._session, forks, self._arena, together=False)
+
     def step(self, ids: Ids) -> Float32:
-        """One token for each row, in as many runs."""
+        """One token for each row."""
+        if self._together:
+            return self._session.step(self._sequences, ids)
         steps = [self._session.step([row], ids[i : i + 1]) for i, row in enumerate(self._sequences)]
         return np.concatenate(steps)
 
@@ -151,6 +125,17 @@ class SingleRows:
         """Free the caches."""
         for sequence in self._sequences:
             sequence.close()
+
+
+def _fill(cache: KVCache, length: int, random: RandomKv) -> None:
+    """Append random K and V until the cache has `length` tokens."""
+    while cache.length < length:
+        tokens = min(_CHUNK, length - cache.length)
+        cache.begin(tokens)
+        for index, layer in enumerate(cache.layers):
+            k, v = random.chunk(layer.kv_heads, layer.head_dim)
+            cache.append(index, k[:tokens], v[:tokens])
+        cache.commit()
 
 
 class Greedy:

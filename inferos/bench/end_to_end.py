@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
@@ -173,17 +174,16 @@ class EndToEnd:
         self._ours: Any = None
         self._stock: dict[StockForm, StockSession] = {}
         self._session_bytes: dict[object, int | None] = {}
+        self._left_at_first = math.inf
         self.measurements: list[dict[str, Any]] = []
 
     def peers(self) -> list[Peer]:
         """What was compared with."""
         from inferos.runtime.environment import versions
 
-        return (
-            [Peer(name=PEER, status=MEASURED, version=versions()["onnxruntime"])]
-            if BASELINE in self._plan.modes
-            else []
-        )
+        if BASELINE not in self._plan.modes:
+            return []
+        return [Peer(name=PEER, status=MEASURED, version=versions()["onnxruntime"])]
 
     def cells(self, progress: Callable[[int], object] | None = None) -> Iterator[list[EndToEndRow]]:
         """The rows of one context and batch after the other.
@@ -222,14 +222,15 @@ class EndToEnd:
         filled = max(1, context - steps // 2)
         entries: list[_Entry] = []
         missing: list[EndToEndRow] = []
+        self._left_at_first = self._left()
         with contextlib.ExitStack() as opened:
             for impl, kv, build in self._builders():
                 try:
                     entries += build(filled, batch, opened)
                 except InferosError as error:
                     missing.append(self._row(impl, kv, context, batch, status=str(error)))
-            self._measure(entries, batch, progress)
-            return [*self._rows(entries, context, batch), *missing]
+            per_byte = self._best(self._measure(entries, batch, progress)) / _READ_BYTES
+            return [*self._rows(entries, per_byte, context, batch), *missing]
 
     def _builders(self) -> Iterator[tuple[str, str, Callable[[int, int, contextlib.ExitStack], list[_Entry]]]]:
         if OURS in self._plan.modes:
@@ -246,15 +247,17 @@ class EndToEnd:
         """K and V values of a row."""
         return sum(2 * layer.kv_heads * layer.head_dim * tokens for layer in self._layout.layers)
 
-    def _require(self, needed: int) -> None:
+    def _left(self) -> float:
+        """Bytes for caches and sessions. Mapped weights count as available; without them tokens come from the disk."""
         available = available_bytes()
-        if available is None:
-            return
-        # Mapped weights count as available; without them every token would come from the disk.
-        left = available - self._weights.mapped - _SPARE_BYTES
+        return math.inf if available is None else max(0, available - self._weights.mapped - _SPARE_BYTES)
+
+    def _require(self, needed: int) -> None:
+        left = self._left()
         if needed > left:
+            beside = "beside the others" if needed <= self._left_at_first else "on this machine"
             raise _DoesNotFitError(
-                f"does not fit: needs {needed / 1e6:.0f} MB more, {max(0, left) / 1e6:.0f} MB are left"
+                f"does not fit {beside}: needs {needed / 1e6:.0f} MB more, {left / 1e6:.0f} MB are left"
             )
 
     def _session(self, key: object, opener: Callable[[], Any]) -> Any:
@@ -267,14 +270,13 @@ class EndToEnd:
         if self._ours is None:
             self._ours = self._session(OURS, lambda: open_session(self._layout, threads=self._plan.threads))
         self._require(int(batch * (_BITS[kv] * self._elements(filled) + 16 * self._elements(_WINDOW)) / 8))
-        rows = InferosRows(self._ours, kv, batch)
+        rows = InferosRows.filled(self._ours, kv, batch, filled, self._random)
         opened.callback(rows.close)
-        rows.fill(filled, self._random)
         entries = [_Entry(OURS, kv, rows, peak_bytes=self._peak(OURS, rows, batch))]
         if batch > 1:
-            single = rows.single()
-            opened.callback(single.close)
-            entries.append(_Entry(_SINGLE, kv, single))
+            apart = rows.apart()
+            opened.callback(apart.close)
+            entries.append(_Entry(_SINGLE, kv, apart))
         return entries
 
     def _build_stock(self, kv: str, filled: int, batch: int, opened: contextlib.ExitStack) -> list[_Entry]:
@@ -320,14 +322,15 @@ class EndToEnd:
         _, step = _gained(Greedy(rows, batch))
         return None if opened is None or step is None else self._weights.mapped + opened + rows.held_bytes + step
 
-    def _measure(self, entries: list[_Entry], batch: int, progress: Callable[[int], object] | None) -> None:
+    def _measure(self, entries: list[_Entry], batch: int, progress: Callable[[int], object] | None) -> Timing:
+        """Fill in the entries' timings; returns that of reading `_READ_BYTES`."""
         contenders = [Contender(f"{e.impl} {e.kv}", Greedy(e.rows, batch)) for e in entries]
         set_num_threads(self._plan.threads)
         read = Contender("read", lambda copy: self._read.read(copy * _READ_BYTES, _READ_BYTES), _READ_COPIES)
         timings = interleave([*contenders, read], rounds=self._plan.rounds, turn_seconds=0.0, progress=progress)
         for entry, timing in zip(entries, timings, strict=False):
             entry.timing = timing
-        self._read_timing = timings[-1]
+        return timings[-1]
 
     # What was measured, as rows.
 
@@ -337,13 +340,16 @@ class EndToEnd:
     def _series(self, timing: Timing) -> list[float]:
         return timing.cpu if self._plan.threads == 1 else timing.wall
 
-    def _rows(self, entries: list[_Entry], context: int, batch: int) -> list[EndToEndRow]:
+    def _rows(self, entries: list[_Entry], per_byte: float, context: int, batch: int) -> list[EndToEndRow]:
         single = {entry.kv: entry for entry in entries if entry.impl == _SINGLE}
         stock = {entry.kv: entry for entry in entries if entry.impl == PEER}
         rows = []
         for entry in entries:
             if entry.impl != _SINGLE:
-                values = self._values(entry, stock, single.get(entry.kv) if entry.impl == OURS else None, batch)
+                values = self._values(entry, stock, per_byte, batch)
+                if entry.impl == OURS and entry.kv in single:
+                    pairs = self._series(single[entry.kv].timing), self._series(entry.timing)
+                    values["ratio_vs_single_rows"] = median_ratio(*pairs)[0]
                 rows.append(self._row(entry.impl, entry.kv, context, batch, **values))
                 self.measurements.append(
                     {"impl": entry.impl, "kv": entry.kv, "way": entry.way, "context": context, "batch": batch}
@@ -351,9 +357,8 @@ class EndToEnd:
                 )
         return rows
 
-    def _values(self, entry: _Entry, stock: dict[str, _Entry], single: _Entry | None, batch: int) -> dict[str, Any]:
+    def _values(self, entry: _Entry, stock: dict[str, _Entry], per_byte: float, batch: int) -> dict[str, Any]:
         weights, cached = self._weights.read, entry.rows.kv_bytes
-        per_byte = self._best(self._read_timing) / _READ_BYTES
         values: dict[str, Any] = {
             "way": entry.way,
             "ms_cpu_best": 1e3 * entry.timing.cpu_best,
@@ -371,8 +376,6 @@ class EndToEnd:
                 values[f"ratio_vs_ort_{key}"] = ratio
                 values[f"ratio_vs_ort_{key}_interval"] = interval
                 values[f"allowed_vs_ort_{key}"] = (weights + stock[kv].rows.kv_bytes) / (weights + cached)
-        if single is not None:
-            values["ratio_vs_single_rows"] = median_ratio(self._series(single.timing), self._series(entry.timing))[0]
         return values
 
     def _row(self, impl: str, kv: str, context: int, batch: int, **values: Any) -> EndToEndRow:

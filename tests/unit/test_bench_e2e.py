@@ -22,6 +22,7 @@ from inferos.bench.weights import weight_bytes
 from inferos.cli import app
 from inferos.errors import ConfigError
 from inferos.runtime import reference
+from inferos.runtime._compressed import CompressedSession
 from inferos.runtime.layout import ModelLayout, read_layout
 from inferos.runtime.session import open_session
 
@@ -123,16 +124,17 @@ def test_stock_rows_of_every_form_decode_alike(tiny: ModelLayout, form: StockFor
 
 def test_inferos_rows_decode_as_stock_rows_do(tiny: ModelLayout) -> None:
     random = RandomKv()
-    session = StockSession(tiny, StockForm("model"), threads=1)
-    stock = StockRows(session, session.buffers(2, CONTEXT + 4, CONTEXT, random), CONTEXT)
-    ours = InferosRows(open_session(tiny, threads=1), "f16", 2)  # type: ignore[arg-type]
-    ours.fill(CONTEXT, random)
-    single = ours.single()
+    exported = StockSession(tiny, StockForm("model"), threads=1)
+    stock = StockRows(exported, exported.buffers(2, CONTEXT + 4, CONTEXT, random), CONTEXT)
+    session = open_session(tiny, threads=1)
+    assert isinstance(session, CompressedSession)
+    ours = InferosRows.filled(session, "f16", 2, CONTEXT, random)
+    apart = ours.apart()
     ids = np.array([5, 7])
     expected = stock.step(ids).copy()
     np.testing.assert_allclose(ours.step(ids), expected, atol=ROUNDING)
-    np.testing.assert_allclose(single.step(ids), expected, atol=ROUNDING)
-    assert (ours.length, single.length) == (CONTEXT + 1, CONTEXT + 1)
+    np.testing.assert_allclose(apart.step(ids), expected, atol=ROUNDING)
+    assert (ours.length, apart.length) == (CONTEXT + 1, CONTEXT + 1)
 
 
 def test_every_contender_has_a_measured_row_at_every_batch(rows: list[EndToEndRow]) -> None:
@@ -170,7 +172,7 @@ def test_what_does_not_fit_is_said_and_the_rest_is_measured(tiny: ModelLayout, m
     status = {(row.impl, row.kv): row for row in cell}
     assert status[OURS, "int4"].status == "measured"
     refused = status["ort", "fp32"]
-    assert "does not fit: needs " in refused.status
+    assert "does not fit on this machine: needs " in refused.status
     assert refused.tokens_per_s is refused.ms_cpu_best is refused.peak_bytes is None
 
 
