@@ -32,7 +32,7 @@ def e2e(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL]",
+            metavar="MODEL",
             help="qwen2.5-0.5b, llama-3.2-1b, phi-3.5-mini or llama-3.1-8b: that shape with random weights, built on "
             "first use; or a model folder, or 'reference'.  [default: qwen2.5-0.5b; with --scale llama-3.2-1b]",
         ),
@@ -168,7 +168,7 @@ def _sentence(line: dict[str, Any]) -> str:
 def _table(rows: Sequence[EndToEndRow]) -> Table:
     from rich.table import Table
 
-    shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    shown = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     left = ("cache", "")
     names = ("context", "rows", "cache", "tokens/s", "ms CPU", "KV", "memory", "vs fp32", "allowed", "vs int8", "")
     for name in names:
@@ -200,7 +200,7 @@ def _note(row: EndToEndRow) -> str:
     interval = row.ratio_vs_ort_fp32_interval
     notes = [
         row.way or "",
-        f"95 %: {interval[0]:.2f}..{interval[1]:.2f}" if interval is not None and not row.way else "",
-        "" if row.ratio_vs_single_rows is None else f"{row.ratio_vs_single_rows:.2f}x single rows",
+        f"95 % {interval[0]:.2f}..{interval[1]:.2f}" if interval is not None and not row.way else "",
+        "" if row.ratio_vs_single_rows is None else f"{row.ratio_vs_single_rows:.2f}x singles",
     ]
     return ", ".join(note for note in notes if note)

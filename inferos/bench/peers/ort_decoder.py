@@ -86,10 +86,7 @@ class StockSession:
         self.form = form
         self.dtype: npt.DTypeLike = np.int8 if form.kv == "int8" else layout.dtype
         model: bytes | Path = _with_int8(layout, form) if form.kv == "int8" else layout.model_path
-        options = session_options(threads)
-        if form.spinning:
-            options.add_session_config_entry("session.intra_op.allow_spinning", "1")
-            options.add_session_config_entry("session.force_spinning_stop", "1")
+        options = session_options(threads, spinning=form.spinning)
         with flash_attention(form.flash):
             self.ort = open_ort(model, options, layout.folder)
         self.logits_type = np.float16 if "float16" in self.ort.get_outputs()[0].type else np.float32
