@@ -36,7 +36,7 @@ SCALE_CONTEXTS = (8192, 65_536, 262_144, 1_048_576)  # tokens
 MEASURED = "measured"
 _SINGLE = "single rows"
 _TRIAL_ROUNDS = 5
-_READ_BYTES, _READ_COPIES = 64 << 20, 4  # read a turn; parts read in turn, so that none is in a cache
+_READ_BYTES, _READ_COPIES, _READ_ROUNDS = 64 << 20, 4, 5  # parts are read in turn, so that none is in a cache
 _SPARE_BYTES = 1 << 30  # left to the rest of the machine
 # Bits that a cached value takes at most, scales included; the newest tokens are FP16 on top.
 _BITS = {"f16": 17.0, "int8": 9.5, "k8v4": 7.5, "int4": 5.5}
@@ -201,7 +201,7 @@ class EndToEnd:
         """How often `progress` will be called at most."""
         ours = len(self._plan.formats) if OURS in self._plan.modes else 0
         theirs = 2 if BASELINE in self._plan.modes else 0
-        per_context = sum(1 + theirs + ours * (2 if batch > 1 else 1) for batch in self._plan.batches)
+        per_context = sum(theirs + ours * (2 if batch > 1 else 1) for batch in self._plan.batches)
         return per_context * self._plan.rounds * len(self._plan.contexts)
 
     def __enter__(self) -> Self:
@@ -229,8 +229,8 @@ class EndToEnd:
                     entries += build(filled, batch, opened)
                 except InferosError as error:
                     missing.append(self._row(impl, kv, context, batch, status=str(error)))
-            per_byte = self._best(self._measure(entries, batch, progress)) / _READ_BYTES
-            return [*self._rows(entries, per_byte, context, batch), *missing]
+            self._measure(entries, batch, progress)
+            return [*self._rows(entries, self._read_seconds(), context, batch), *missing]
 
     def _builders(self) -> Iterator[tuple[str, str, Callable[[int, int, contextlib.ExitStack], list[_Entry]]]]:
         if OURS in self._plan.modes:
@@ -322,15 +322,19 @@ class EndToEnd:
         _, step = _gained(Greedy(rows, batch))
         return None if opened is None or step is None else self._weights.mapped + opened + rows.held_bytes + step
 
-    def _measure(self, entries: list[_Entry], batch: int, progress: Callable[[int], object] | None) -> Timing:
-        """Fill in the entries' timings; returns that of reading `_READ_BYTES`."""
+    def _measure(self, entries: list[_Entry], batch: int, progress: Callable[[int], object] | None) -> None:
+        """Fill in the entries' timings."""
         contenders = [Contender(f"{e.impl} {e.kv}", Greedy(e.rows, batch)) for e in entries]
+        timings = interleave(contenders, rounds=self._plan.rounds, turn_seconds=0.0, progress=progress)
+        for entry, timing in zip(entries, timings, strict=True):
+            entry.timing = timing
+
+    def _read_seconds(self) -> float:
+        """Time to read a byte of memory. By itself: whoever came after it in turns would find the caches worse."""
         set_num_threads(self._plan.threads)
         read = Contender("read", lambda copy: self._read.read(copy * _READ_BYTES, _READ_BYTES), _READ_COPIES)
-        timings = interleave([*contenders, read], rounds=self._plan.rounds, turn_seconds=0.0, progress=progress)
-        for entry, timing in zip(entries, timings, strict=False):
-            entry.timing = timing
-        return timings[-1]
+        (timing,) = interleave([read], rounds=_READ_ROUNDS)
+        return self._best(timing) / _READ_BYTES
 
     # What was measured, as rows.
 
