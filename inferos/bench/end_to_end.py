@@ -41,6 +41,7 @@ _SPARE_BYTES = 1 << 30  # left to the rest of the machine
 # Bits that a cached value takes at most, scales included; the newest tokens are FP16 on top.
 _BITS = {"f16": 17.0, "int8": 9.5, "k8v4": 7.5, "int4": 5.5}
 _WINDOW = 192  # tokens
+_LONGEST_STATUS = 200  # characters
 
 
 class EndToEndRow(Row):
@@ -228,7 +229,9 @@ class EndToEnd:
                 try:
                     entries += build(filled, batch, opened)
                 except InferosError as error:
-                    missing.append(self._row(impl, kv, context, batch, status=str(error)))
+                    missing.append(
+                        self._row(impl, kv, context, batch, status=" ".join(str(error).split())[:_LONGEST_STATUS])
+                    )
             self._measure(entries, batch, progress)
             return [*self._rows(entries, self._read_seconds(), context, batch), *missing]
 

@@ -14,15 +14,17 @@ from typer.testing import CliRunner, Result
 from inferos.bench import end_to_end
 from inferos.bench.decoders import InferosRows, RandomKv
 from inferos.bench.end_to_end import BASELINE, EndToEnd, EndToEndRow, Plan, scaling
+from inferos.bench.peers import ort_decoder
 from inferos.bench.peers.ort_decoder import FORMS, StockForm, StockRows, StockSession
 from inferos.bench.record import OURS
 from inferos.bench.shapes import BLOCK, SHAPES, Shape, model_folder
 from inferos.bench.statistics import fit_line, median_interval, median_ratio
 from inferos.bench.weights import weight_bytes
 from inferos.cli import app
-from inferos.errors import ConfigError
+from inferos.errors import ConfigError, ModelError
 from inferos.runtime import reference
 from inferos.runtime._compressed import CompressedSession
+from inferos.runtime.environment import versions
 from inferos.runtime.layout import ModelLayout, read_layout
 from inferos.runtime.session import open_session
 
@@ -30,6 +32,8 @@ TINY = Shape("tiny", 2, 4, 2, 16, 64, 96, 160, positions=1024, rope_theta=1e4)
 UNTIED = Shape("untied", 1, 4, 4, 32, 128, 64, 96, positions=512, tied=False, qkv_bias=True, packed_qkv=False)
 CONTEXT, ROUNDS = 192, 3
 ROUNDING = 0.15  # of logits around 1: MatMulNBits rounds activations to INT8, so a last bit can become this much
+ORT = tuple(int(part) for part in (versions()["onnxruntime"] or "0").split(".")[:2])
+newer = pytest.mark.skipif(ORT < (1, 31), reason="this ONNX Runtime has no INT8 cache and shares no packed weights")
 PARAMETERS = {"qwen2.5-0.5b": 0.494e9, "llama-3.2-1b": 1.236e9, "phi-3.5-mini": 3.82e9, "llama-3.1-8b": 8.03e9}
 
 
@@ -103,12 +107,14 @@ def test_weight_bytes_are_those_of_the_matrices_and_norms(tiny: ModelLayout) -> 
     assert weight_bytes(tiny).read == pytest.approx(matrices // 2 + matrices // BLOCK * 4 + norms, abs=64)
 
 
+@newer
 def test_a_built_model_carries_packed_weights_that_sessions_share(tiny: ModelLayout) -> None:
     found = weight_bytes(tiny)
     assert found.shared
     assert found.mapped > found.read / 2
 
 
+@newer
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form.kv} {form.way}")
 def test_stock_rows_of_every_form_decode_alike(tiny: ModelLayout, form: StockForm) -> None:
     random = RandomKv()
@@ -137,6 +143,7 @@ def test_inferos_rows_decode_as_stock_rows_do(tiny: ModelLayout) -> None:
     assert (ours.length, apart.length) == (CONTEXT + 1, CONTEXT + 1)
 
 
+@newer
 def test_every_contender_has_a_measured_row_at_every_batch(rows: list[EndToEndRow]) -> None:
     contenders = [(OURS, "int8"), (OURS, "k8v4"), (OURS, "int4"), ("ort", "fp32"), ("ort", "int8")]
     assert [(row.batch, row.impl, row.kv) for row in rows] == [(b, *c) for b in (1, 2) for c in contenders]
@@ -150,6 +157,7 @@ def test_every_contender_has_a_measured_row_at_every_batch(rows: list[EndToEndRo
         assert row.ratio_vs_ort_fp32_interval is None  # too few pairs
 
 
+@newer
 def test_ratios_are_over_the_peer_and_stand_beside_what_bandwidth_allows(rows: list[EndToEndRow]) -> None:
     by = {(row.impl, row.kv, row.batch): row for row in rows}
     fp32, int8 = by["ort", "fp32", 1], by["ort", "int8", 1]
@@ -174,6 +182,24 @@ def test_what_does_not_fit_is_said_and_the_rest_is_measured(tiny: ModelLayout, m
     refused = status["ort", "fp32"]
     assert "does not fit on this machine: needs " in refused.status
     assert refused.tokens_per_s is refused.ms_cpu_best is refused.peak_bytes is None
+
+
+def test_a_cache_that_the_peer_cannot_have_is_a_row_with_the_reason(
+    tiny: ModelLayout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> bytes:
+        raise ModelError("no such\ncache " + "x" * 300)
+
+    monkeypatch.setattr(ort_decoder, "_with_int8", refuse)
+    with EndToEnd(tiny, "tiny", Plan((CONTEXT,), formats=("int8",), rounds=2)) as job:
+        (cell,) = job.cells()
+    assert [(row.impl, row.kv, row.status[:13]) for row in cell] == [
+        (OURS, "int8", "measured"),
+        ("ort", "fp32", "measured"),
+        ("ort", "int8", "no such cache"),
+    ]
+    assert cell[0].ratio_vs_ort_int8 is None
+    assert len(cell[2].status) == 200
 
 
 def test_a_context_beyond_the_model_is_refused(tiny: ModelLayout) -> None:
@@ -205,6 +231,7 @@ def test_scaling_is_over_bytes_and_needs_two_rows() -> None:
     assert scaling(made[:1]) is None
 
 
+@newer
 def test_the_command_writes_its_schema(tiny: ModelLayout, tmp_path: Path) -> None:
     path = tmp_path / "e2e.json"
     options = ("--context", CONTEXT, "--kv", "int8", "--compare-modes", "inferos,baseline", "--rounds", 2)
