@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from inferos.cli import bench_attention, bench_kernels
+from inferos.cli import bench_attention, bench_e2e, bench_kernels
 
 __all__ = ["group"]
 
@@ -12,3 +12,4 @@ group = typer.Typer(help="Measure inferos and its peers, in turns in one process
 group.command("decode")(bench_attention.decode)
 group.command("prefill")(bench_attention.prefill)
 group.command("kernels")(bench_kernels.kernels)
+group.command("e2e")(bench_e2e.e2e)
