@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from inferos.bench.problem import Entrant, Offer, Problem, SharedData
-from inferos.bench.timing import COLD_BYTES, Contender
-from inferos.kv import ReadBuffer
+from inferos.bench.timing import Contender
 
 __all__ = ["offers", "version"]
 
@@ -26,7 +25,8 @@ _FORMATS = (
     ("u4", "u4", "bf16", 4),
 )
 
-_CHUNK = 512  # tokens of a prefill
+_REQUESTS = 2
+_CHUNK = 128  # tokens of a prefill
 _MOST_FILL = 10e12  # floating-point operations, a few minutes on one core
 
 
@@ -40,17 +40,16 @@ def version() -> str | None:
 
 def offers(problem: Problem, data: SharedData) -> list[Offer]:
     """Every format of its cache, in decode; a state only grows, so that a prefill cannot be repeated."""
-    del data  # it keeps the cache itself
     if problem.tokens > 1:
         return []
     return [
-        Offer("openvino", name, f"inference {hint}", _builder(problem, kv, hint, bits))
+        Offer("openvino", name, f"inference {hint}", _builder(problem, data, kv, hint, bits))
         for name, kv, hint, bits in _FORMATS
     ]
 
 
-def _builder(problem: Problem, kv: str, hint: str, bits: int) -> Callable[[], Entrant]:
-    return lambda: _build(problem, kv, hint, bits)
+def _builder(problem: Problem, data: SharedData, kv: str, hint: str, bits: int) -> Callable[[], Entrant]:
+    return lambda: _build(problem, data, kv, hint, bits)
 
 
 def _model(problem: Problem) -> Any:
@@ -87,7 +86,7 @@ def _model(problem: Problem) -> Any:
     return openvino.Model([out], [keep_k, keep_v], [q, *new, beam], "attention")
 
 
-def _build(problem: Problem, kv: str, hint: str, bits: int) -> Entrant:
+def _build(problem: Problem, data: SharedData, kv: str, hint: str, bits: int) -> Entrant:
     openvino = importlib.import_module("openvino")
     properties = {
         "INFERENCE_NUM_THREADS": problem.threads,
@@ -103,44 +102,41 @@ def _build(problem: Problem, kv: str, hint: str, bits: int) -> Entrant:
     inputs = {0: _heads_first(problem.query()), **new, 3: np.arange(problem.batch, dtype=np.int32)}
     size = problem.elements * 2 * bits // 8
     if kv == "u4":
-        return _one_request(compiled, problem, inputs, size)
+        return _prefilled(compiled, problem, data, inputs, size)
     past = openvino.Tensor(_rows(problem, problem.shape.kv_heads, problem.past))
     requests = []
-    for _ in range(problem.copies(size)):
+    for _ in range(_REQUESTS):
         request = compiled.create_infer_request()
         for state in request.query_state():
             state.state = past
         request.infer(inputs, share_inputs=True, share_outputs=True)  # takes the state over; it grows by a token a call
         requests.append(request)
-
-    def call(copy: int) -> None:
-        requests[copy].infer(inputs, share_inputs=True, share_outputs=True)
-
-    return Entrant(Contender("openvino", call, len(requests)), size)
+    return _entrant(requests, data, inputs, size)
 
 
-def _one_request(compiled: Any, problem: Problem, inputs: dict[int, Any], size: int) -> Entrant:
-    """A state that cannot be set (OpenVINO 2026.4 writes past its end for u4) is filled by a prefill, and once only.
-
-    In place of further copies, other memory is read between its turns: its data has left the caches as well.
-    """
+def _prefilled(compiled: Any, problem: Problem, data: SharedData, inputs: dict[int, Any], size: int) -> Entrant:
+    """A state that cannot be set (OpenVINO 2026.4 writes past its end for u4) is filled by a prefill, and once only."""
     shape = problem.shape
     work = 2 * problem.batch * shape.heads * shape.head_dim * problem.past**2
     if work > _MOST_FILL:
         raise ValueError(
-            f"filling its cache takes a prefill of {work / 1e12:.1f} Tflop, at most {_MOST_FILL / 1e12:.1f}"
+            f"filling its cache takes a prefill of {work / 1e12:.1f} Tflop, at most {_MOST_FILL / 1e12:.0f}"
         )
     request = compiled.create_infer_request()
     for start in range(0, problem.past, _CHUNK):
         count = min(_CHUNK, problem.past - start)
         rows = _rows(problem, shape.kv_heads, count)
         request.infer({**inputs, 0: _rows(problem, shape.heads, count), 1: rows, 2: rows}, share_inputs=True)
-    other = ReadBuffer(COLD_BYTES)
+    return _entrant([request], data, inputs, size)
 
-    def call(_copy: int) -> None:
-        request.infer(inputs, share_inputs=True, share_outputs=True)
 
-    return Entrant(Contender("openvino", call, before=lambda: other.read(0, other.size)), size)
+def _entrant(requests: list[Any], data: SharedData, inputs: dict[int, Any], size: int) -> Entrant:
+    """Two copies would stay in the caches, and more would take twice their size here: other memory is read first."""
+
+    def call(copy: int) -> None:
+        requests[copy].infer(inputs, share_inputs=True, share_outputs=True)
+
+    return Entrant(Contender("openvino", call, len(requests), data.evict), size)
 
 
 def _rows(problem: Problem, heads: int, tokens: int) -> np.ndarray[Any, np.dtype[np.float32]]:
