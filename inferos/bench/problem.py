@@ -13,7 +13,6 @@ import numpy.typing as npt
 
 from inferos.bench.timing import COLD_BYTES, Contender, copies_for
 from inferos.errors import ConfigError
-from inferos.kv import ReadBuffer
 
 __all__ = ["Entrant", "MOST_COPIES", "Offer", "Problem", "Shape", "SharedData"]
 
@@ -153,13 +152,6 @@ class SharedData:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.kv = cache(self._kv)
-        self._other: ReadBuffer | None = None
-
-    def evict(self) -> None:
-        """Read other memory, so that whatever the processor's caches held has left them."""
-        if self._other is None:
-            self._other = ReadBuffer(COLD_BYTES)
-        self._other.read(0, self._other.size)
 
     def _kv(self, kind: str) -> list[tuple[Array, Array]]:
         """Copies of K and V as f32, f16, bf16 (bits in uint16), s8 or u4 (two to a byte)."""

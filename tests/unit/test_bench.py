@@ -33,7 +33,8 @@ ROW = [
 
 @pytest.fixture(autouse=True)
 def _few_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(problem, "COLD_BYTES", 1 << 16)
+    for module in (problem, attention):
+        monkeypatch.setattr(module, "COLD_BYTES", 1 << 16)
 
 
 class Bar:

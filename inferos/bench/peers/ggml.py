@@ -8,13 +8,13 @@ import math
 import weakref
 from collections.abc import Callable
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from inferos.bench.problem import Entrant, Offer, Problem, SharedData
+from inferos.bench.record import version_of
 from inferos.bench.timing import Contender
 
 __all__ = ["offers", "version"]
@@ -70,12 +70,8 @@ def _folder() -> Path | None:
 
 def version() -> str | None:
     """Version of llama-cpp-python; None without its libraries."""
-    if _folder() is None:
-        return None
-    try:
-        return f"llama-cpp-python {metadata.version('llama-cpp-python')}"
-    except metadata.PackageNotFoundError:
-        return None
+    found = version_of("llama-cpp-python")
+    return None if found is None or _folder() is None else f"llama-cpp-python {found}"
 
 
 def offers(problem: Problem, data: SharedData) -> list[Offer]:

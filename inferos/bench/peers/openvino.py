@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from importlib import metadata
 from typing import Any
 
 import numpy as np
 
 from inferos.bench.problem import Entrant, Offer, Problem, SharedData
+from inferos.bench.record import version_of
 from inferos.bench.timing import Contender
 
 __all__ = ["offers", "version"]
@@ -25,31 +25,29 @@ _FORMATS = (
     ("u4", "u4", "bf16", 4),
 )
 
-_REQUESTS = 2
+_REQUESTS = 2  # a state takes twice its size
 _CHUNK = 128  # tokens of a prefill
 _MOST_FILL = 10e12  # floating-point operations, a few minutes on one core
 
 
 def version() -> str | None:
     """The installed version; None without one."""
-    try:
-        return metadata.version("openvino")
-    except metadata.PackageNotFoundError:
-        return None
+    return version_of("openvino")
 
 
 def offers(problem: Problem, data: SharedData) -> list[Offer]:
     """Every format of its cache, in decode; a state only grows, so that a prefill cannot be repeated."""
+    del data  # it keeps the cache itself
     if problem.tokens > 1:
         return []
     return [
-        Offer("openvino", name, f"inference {hint}", _builder(problem, data, kv, hint, bits))
+        Offer("openvino", name, f"inference {hint}", _builder(problem, kv, hint, bits))
         for name, kv, hint, bits in _FORMATS
     ]
 
 
-def _builder(problem: Problem, data: SharedData, kv: str, hint: str, bits: int) -> Callable[[], Entrant]:
-    return lambda: _build(problem, data, kv, hint, bits)
+def _builder(problem: Problem, kv: str, hint: str, bits: int) -> Callable[[], Entrant]:
+    return lambda: _build(problem, kv, hint, bits)
 
 
 def _model(problem: Problem) -> Any:
@@ -86,7 +84,7 @@ def _model(problem: Problem) -> Any:
     return openvino.Model([out], [keep_k, keep_v], [q, *new, beam], "attention")
 
 
-def _build(problem: Problem, data: SharedData, kv: str, hint: str, bits: int) -> Entrant:
+def _build(problem: Problem, kv: str, hint: str, bits: int) -> Entrant:
     openvino = importlib.import_module("openvino")
     properties = {
         "INFERENCE_NUM_THREADS": problem.threads,
@@ -102,7 +100,7 @@ def _build(problem: Problem, data: SharedData, kv: str, hint: str, bits: int) ->
     inputs = {0: _heads_first(problem.query()), **new, 3: np.arange(problem.batch, dtype=np.int32)}
     size = problem.elements * 2 * bits // 8
     if kv == "u4":
-        return _prefilled(compiled, problem, data, inputs, size)
+        return _prefilled(compiled, problem, inputs, size)
     past = openvino.Tensor(_rows(problem, problem.shape.kv_heads, problem.past))
     requests = []
     for _ in range(_REQUESTS):
@@ -111,10 +109,10 @@ def _build(problem: Problem, data: SharedData, kv: str, hint: str, bits: int) ->
             state.state = past
         request.infer(inputs, share_inputs=True, share_outputs=True)  # takes the state over; it grows by a token a call
         requests.append(request)
-    return _entrant(requests, data, inputs, size)
+    return _entrant(requests, inputs, size)
 
 
-def _prefilled(compiled: Any, problem: Problem, data: SharedData, inputs: dict[int, Any], size: int) -> Entrant:
+def _prefilled(compiled: Any, problem: Problem, inputs: dict[int, Any], size: int) -> Entrant:
     """A state that cannot be set (OpenVINO 2026.4 writes past its end for u4) is filled by a prefill, and once only."""
     shape = problem.shape
     work = 2 * problem.batch * shape.heads * shape.head_dim * problem.past**2
@@ -127,16 +125,14 @@ def _prefilled(compiled: Any, problem: Problem, data: SharedData, inputs: dict[i
         count = min(_CHUNK, problem.past - start)
         rows = _rows(problem, shape.kv_heads, count)
         request.infer({**inputs, 0: _rows(problem, shape.heads, count), 1: rows, 2: rows}, share_inputs=True)
-    return _entrant([request], data, inputs, size)
+    return _entrant([request], inputs, size)
 
 
-def _entrant(requests: list[Any], data: SharedData, inputs: dict[int, Any], size: int) -> Entrant:
-    """Two copies would stay in the caches, and more would take twice their size here: other memory is read first."""
-
+def _entrant(requests: list[Any], inputs: dict[int, Any], size: int) -> Entrant:
     def call(copy: int) -> None:
         requests[copy].infer(inputs, share_inputs=True, share_outputs=True)
 
-    return Entrant(Contender("openvino", call, len(requests), data.evict), size)
+    return Entrant(Contender("openvino", call, len(requests)), size)
 
 
 def _rows(problem: Problem, heads: int, tokens: int) -> np.ndarray[Any, np.dtype[np.float32]]:
