@@ -19,9 +19,11 @@ class Clock(Protocol):
 
     def cpu(self) -> float:
         """CPU time of the process, all threads."""
+        ...
 
     def wall(self) -> float:
         """Elapsed time."""
+        ...
 
 
 class _System:

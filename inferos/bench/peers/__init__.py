@@ -21,9 +21,11 @@ class PeerModule(Protocol):
 
     def version(self) -> str | None:
         """The installed version; None where it is not installed."""
+        ...
 
     def offers(self, problem: Problem, data: SharedData) -> list[Offer]:
         """Its ways to solve the problem; none where it has no such thing."""
+        ...
 
 
 def load(name: str) -> PeerModule:
