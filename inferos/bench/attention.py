@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, Protocol
 
@@ -14,7 +14,7 @@ import numpy as np
 from inferos.bench import peers
 from inferos.bench.problem import Entrant, Offer, Problem, SharedData
 from inferos.bench.record import OURS, Peer, Report, Row, environment, load_average
-from inferos.bench.timing import Contender, Timing, interleave
+from inferos.bench.timing import COLD_BYTES, Contender, Timing, interleave
 from inferos.kv import KVCache, LayerSpec, ReadBuffer, get_num_threads, set_num_threads
 from inferos.kv.reading import READ_STEP
 
@@ -152,11 +152,23 @@ def _measure(job: Job, problem: Problem, installed: Sequence[str], outcome: _Out
     watcher.describe(where)
     set_num_threads(problem.threads)
     readers = _readers(problem, [entrant.bytes for entrant in entrants[: len(job.kv)]])
-    contenders = [entrant.contender for entrant in (*entrants, *readers)]
+    other = ReadBuffer(COLD_BYTES)
+    contenders = [_cold(entrant.contender, other) for entrant in (*entrants, *readers)]
     timings = interleave(contenders, rounds=job.rounds, progress=watcher.advance)
     _report(problem, offers, entrants, timings, readers, outcome)
     del offers, entrants, readers, contenders
     gc.collect()  # sessions and their buffers refer to each other
+
+
+def _cold(contender: Contender, other: ReadBuffer) -> Contender:
+    """Reads other memory before each turn: contenders share arrays, and one must not find them where another left them."""
+
+    def before() -> None:
+        if contender.before is not None:
+            contender.before()
+        other.read(0, other.size)
+
+    return replace(contender, before=before)
 
 
 def _built(offer: Offer, outcome: _Outcome) -> Entrant | None:

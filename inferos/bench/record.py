@@ -6,31 +6,46 @@ import math
 import os
 import shutil
 import subprocess
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import pydantic
 
-__all__ = ["OURS", "Peer", "Report", "Row", "SCHEMA", "environment", "load_average"]
+__all__ = [
+    "Number",
+    "OURS",
+    "Peer",
+    "Report",
+    "Row",
+    "SCHEMA",
+    "Strict",
+    "environment",
+    "finite",
+    "load_average",
+    "version_of",
+]
 
 SCHEMA: Final = "inferos.bench/1"
 OURS = "inferos"
 
 
-def _finite(value: object) -> object:
+def finite(value: object) -> object:
     """A number JSON cannot hold is unknown to whoever reads it."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-_Number = Annotated[float | None, pydantic.BeforeValidator(_finite)]
+Number = Annotated[float | None, pydantic.BeforeValidator(finite)]
 _Count = Annotated[int | None, pydantic.Field(ge=0)]
 
 
-class _Strict(pydantic.BaseModel):
+class Strict(pydantic.BaseModel):
+    """A record that is checked when it is made and never changed."""
+
     model_config = pydantic.ConfigDict(strict=True, extra="forbid", frozen=True, populate_by_name=True)
 
 
-class Row(_Strict):
+class Row(Strict):
     """One implementation on one shape. A benchmark that needs more columns derives from it.
 
     Parameters
@@ -62,14 +77,14 @@ class Row(_Strict):
     context: _Count = None
     batch: _Count = None
     threads: _Count = None
-    ms_cpu_best: _Number = None
-    ms_wall_median: _Number = None
+    ms_cpu_best: Number = None
+    ms_wall_median: Number = None
     bytes: _Count = None
-    fraction_of_read: _Number = None
-    ratio_vs_ort_fp32: _Number = None
+    fraction_of_read: Number = None
+    ratio_vs_ort_fp32: Number = None
 
 
-class Peer(_Strict):
+class Peer(Strict):
     """Another implementation that was asked for.
 
     Parameters
@@ -85,7 +100,7 @@ class Peer(_Strict):
     version: str | None = None
 
 
-class Report(_Strict):
+class Report(Strict):
     """One run.
 
     Parameters
@@ -115,6 +130,16 @@ class Report(_Strict):
     def as_json(self) -> dict[str, Any]:
         """Plain values with the public names."""
         return self.model_dump(mode="json", by_alias=True)
+
+
+def version_of(*distributions: str) -> str | None:
+    """Version of the first of these distributions that is installed; None where none is."""
+    for name in distributions:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
 
 
 def load_average() -> list[float] | None:

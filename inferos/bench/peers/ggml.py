@@ -7,14 +7,14 @@ import importlib.util
 import math
 import weakref
 from collections.abc import Callable
-from functools import cache, partial
-from importlib import metadata
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from inferos.bench.problem import Entrant, Offer, Problem, SharedData
+from inferos.bench.record import version_of
 from inferos.bench.timing import Contender
 
 __all__ = ["offers", "version"]
@@ -70,31 +70,28 @@ def _folder() -> Path | None:
 
 def version() -> str | None:
     """Version of llama-cpp-python; None without its libraries."""
-    if _folder() is None:
-        return None
-    try:
-        return f"llama-cpp-python {metadata.version('llama-cpp-python')}"
-    except metadata.PackageNotFoundError:
-        return None
+    found = version_of("llama-cpp-python")
+    return None if found is None or _folder() is None else f"llama-cpp-python {found}"
 
 
 def offers(problem: Problem, data: SharedData) -> list[Offer]:
     """flash_attn_ext with tokens or heads contiguous, and for f16 the unfused operations; decode only."""
     del data  # it has block formats of its own
+    memory = cache(lambda kv: _Memory(_library(), problem, kv))
     if problem.tokens > 1:
         return []
     ways: list[tuple[str, str, _Graph]] = []
     for kv in _TYPES:
         ways += [(kv, "flash, heads contiguous", _flash_heads), (kv, "flash, llama.cpp's layout", _flash_tokens)]
     ways.append(("f16", "mul_mat, heads contiguous", _unfused))
-    return [Offer("ggml", kv, way, _builder(problem, kv, graph)) for kv, way, graph in ways]
+    return [Offer("ggml", kv, way, _builder(problem, kv, graph, memory)) for kv, way, graph in ways]
 
 
 _Graph = Callable[["_Library", Any, Problem, int], tuple[Any, Any, Any, Any]]
 
 
-def _builder(problem: Problem, kv: str, graph: _Graph) -> Callable[[], Entrant]:
-    return lambda: _build(problem, kv, graph)
+def _builder(problem: Problem, kv: str, graph: _Graph, memory: Callable[[str], _Memory]) -> Callable[[], Entrant]:
+    return lambda: _build(problem, kv, graph, memory(kv))
 
 
 class _Library:
@@ -158,65 +155,81 @@ def _unfused(ggml: _Library, context: Any, problem: Problem, kind: int) -> tuple
     return q, k, v, ggml.mul_mat(context, v, weights)
 
 
-def _build(problem: Problem, kv: str, graph_of: _Graph) -> Entrant:
+def _build(problem: Problem, kv: str, graph_of: _Graph, memory: _Memory) -> Entrant:
     ggml = _library()
-    encoded = _encoded(ggml, problem, kv)
-    copies = problem.copies(2 * encoded.nbytes)
+    copies = len(memory.places)
     overhead = copies * (_NODES * ggml.tensor_overhead() + ggml.graph_overhead_custom(_NODES, False))
     context = ggml.init(_InitParams(overhead, None, True))
     backend = ggml.backend_cpu_init()
     ggml.backend_cpu_set_n_threads(backend, problem.threads)
-    query = np.ascontiguousarray(problem.query().transpose(0, 2, 1, 3))
-    memory = _Memory(ggml, copies * (query.nbytes + 2 * encoded.nbytes + 3 * _ALIGNMENT))
     graphs = []
-    for _ in range(copies):
-        q, k, v, out = graph_of(ggml, context, problem, _TYPES[kv])
-        memory.place(q, query)
-        memory.place(k, encoded)
-        memory.place(v, encoded)
+    for places in memory.places:
+        *tensors, out = graph_of(ggml, context, problem, _TYPES[kv])
+        for tensor, place in zip(tensors, places, strict=True):
+            memory.assign(tensor, *place)
         graph = ggml.new_graph_custom(context, _NODES, False)
         ggml.build_forward_expand(graph, out)
         graphs.append(graph)
-    memory.own(context, backend)
-    call = partial(_compute, ggml, backend, graphs, memory)
-    return Entrant(Contender("ggml", call, copies), 2 * encoded.nbytes)
+    results = ggml.backend_alloc_ctx_tensors(context, backend)
+    run = _Run(ggml, backend, graphs, memory)
+    weakref.finalize(run, _free, ggml, results, context, backend)
+    return Entrant(Contender("ggml", run, copies), memory.bytes)
 
 
-def _compute(ggml: _Library, backend: Any, graphs: list[Any], _memory: _Memory, copy: int) -> None:
-    if ggml.backend_graph_compute(backend, graphs[copy]) != 0:
-        raise RuntimeError("ggml_backend_graph_compute failed")
+class _Run:
+    """Calls a graph; keeps what the graphs point to."""
+
+    def __init__(self, ggml: _Library, backend: Any, graphs: list[Any], memory: _Memory) -> None:
+        self._compute = ggml.backend_graph_compute
+        self._backend = backend
+        self._graphs = graphs
+        self._memory = memory
+
+    def __call__(self, copy: int) -> None:
+        if self._compute(self._backend, self._graphs[copy]) != 0:
+            raise RuntimeError("ggml_backend_graph_compute failed")
+
+
+def _free(ggml: _Library, results: Any, context: Any, backend: Any) -> None:
+    ggml.backend_buffer_free(results)
+    ggml.free(context)
+    ggml.backend_free(backend)
 
 
 class _Memory:
-    """One array, whose pages are huge, for the tensors of all copies."""
+    """Q, K and V of all copies in one array, whose pages are huge; all ways to attend share it.
 
-    def __init__(self, ggml: _Library, size: int) -> None:
+    `places` has for each copy where its q, k and v begin and how long they are; `bytes` are those of one copy's K and V.
+    """
+
+    def __init__(self, ggml: _Library, problem: Problem, kv: str) -> None:
+        encoded = _encoded(ggml, problem, kv)
+        query = np.ascontiguousarray(problem.query().transpose(0, 2, 1, 3))
+        contents = [part.reshape(-1).view(np.uint8) for part in (query, encoded, encoded)]
+        steps = [-(-part.nbytes // _ALIGNMENT) * _ALIGNMENT for part in contents]
+        copies = problem.copies(2 * encoded.nbytes)
+        whole = np.empty(copies * sum(steps) + _ALIGNMENT, np.uint8)
+        array = whole[-whole.ctypes.data % _ALIGNMENT :]
+        self.bytes = 2 * encoded.nbytes
+        self.places: list[list[tuple[int, int]]] = []
+        start = 0
+        for _ in range(copies):
+            self.places.append([])
+            for part, step in zip(contents, steps, strict=True):
+                array[start : start + part.nbytes] = part
+                self.places[-1].append((start, part.nbytes))
+                start += step
         self._ggml = ggml
-        whole = np.empty(size + _ALIGNMENT, np.uint8)
-        self._array = whole[-whole.ctypes.data % _ALIGNMENT :]
-        self._buffer = ggml.backend_cpu_buffer_from_ptr(self._array.ctypes.data, self._array.nbytes)
-        self._next = 0
+        self._array = array
+        self._buffer = ggml.backend_cpu_buffer_from_ptr(array.ctypes.data, array.nbytes)
+        weakref.finalize(self, ggml.backend_buffer_free, self._buffer)
 
-    def own(self, context: Any, backend: Any) -> None:
-        """Give the results a place, and everything back when this object dies."""
-        ggml = self._ggml
-        results = ggml.backend_alloc_ctx_tensors(context, backend)
-        weakref.finalize(self, _free, ggml, (results, self._buffer), context, backend)
-
-    def place(self, tensor: Any, content: np.ndarray[Any, Any]) -> None:
-        size = content.nbytes
-        if self._ggml.nbytes(tensor) != size:
-            raise RuntimeError(f"a tensor of {self._ggml.nbytes(tensor)} bytes, expected {size}")
-        self._array[self._next : self._next + size] = content.reshape(-1).view(np.uint8)
-        self._ggml.backend_tensor_alloc(self._buffer, tensor, self._array.ctypes.data + self._next)
-        self._next += -(-size // _ALIGNMENT) * _ALIGNMENT
-
-
-def _free(ggml: _Library, buffers: tuple[Any, ...], context: Any, backend: Any) -> None:
-    for buffer in buffers:
-        ggml.backend_buffer_free(buffer)
-    ggml.free(context)
-    ggml.backend_free(backend)
+    def assign(self, tensor: Any, start: int, size: int) -> None:
+        """Let a tensor have its place."""
+        wanted = self._ggml.nbytes(tensor)
+        if wanted != size:
+            raise RuntimeError(f"a tensor of {wanted} bytes, expected {size}")
+        self._ggml.backend_tensor_alloc(self._buffer, tensor, self._array.ctypes.data + start)
 
 
 def _encoded(ggml: _Library, problem: Problem, kv: str) -> np.ndarray[Any, Any]:

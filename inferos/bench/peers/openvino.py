@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from importlib import metadata
 from typing import Any
 
 import numpy as np
 
 from inferos.bench.problem import Entrant, Offer, Problem, SharedData
-from inferos.bench.timing import COLD_BYTES, Contender
-from inferos.kv import ReadBuffer
+from inferos.bench.record import version_of
+from inferos.bench.timing import Contender
 
 __all__ = ["offers", "version"]
 
@@ -26,16 +25,14 @@ _FORMATS = (
     ("u4", "u4", "bf16", 4),
 )
 
-_CHUNK = 512  # tokens of a prefill
+_REQUESTS = 2  # a state takes twice its size
+_CHUNK = 128  # tokens of a prefill
 _MOST_FILL = 10e12  # floating-point operations, a few minutes on one core
 
 
 def version() -> str | None:
     """The installed version; None without one."""
-    try:
-        return metadata.version("openvino")
-    except metadata.PackageNotFoundError:
-        return None
+    return version_of("openvino")
 
 
 def offers(problem: Problem, data: SharedData) -> list[Offer]:
@@ -103,44 +100,39 @@ def _build(problem: Problem, kv: str, hint: str, bits: int) -> Entrant:
     inputs = {0: _heads_first(problem.query()), **new, 3: np.arange(problem.batch, dtype=np.int32)}
     size = problem.elements * 2 * bits // 8
     if kv == "u4":
-        return _one_request(compiled, problem, inputs, size)
+        return _prefilled(compiled, problem, inputs, size)
     past = openvino.Tensor(_rows(problem, problem.shape.kv_heads, problem.past))
     requests = []
-    for _ in range(problem.copies(size)):
+    for _ in range(_REQUESTS):
         request = compiled.create_infer_request()
         for state in request.query_state():
             state.state = past
         request.infer(inputs, share_inputs=True, share_outputs=True)  # takes the state over; it grows by a token a call
         requests.append(request)
-
-    def call(copy: int) -> None:
-        requests[copy].infer(inputs, share_inputs=True, share_outputs=True)
-
-    return Entrant(Contender("openvino", call, len(requests)), size)
+    return _entrant(requests, inputs, size)
 
 
-def _one_request(compiled: Any, problem: Problem, inputs: dict[int, Any], size: int) -> Entrant:
-    """A state that cannot be set (OpenVINO 2026.4 writes past its end for u4) is filled by a prefill, and once only.
-
-    In place of further copies, other memory is read between its turns: its data has left the caches as well.
-    """
+def _prefilled(compiled: Any, problem: Problem, inputs: dict[int, Any], size: int) -> Entrant:
+    """A state that cannot be set (OpenVINO 2026.4 writes past its end for u4) is filled by a prefill, and once only."""
     shape = problem.shape
     work = 2 * problem.batch * shape.heads * shape.head_dim * problem.past**2
     if work > _MOST_FILL:
         raise ValueError(
-            f"filling its cache takes a prefill of {work / 1e12:.1f} Tflop, at most {_MOST_FILL / 1e12:.1f}"
+            f"filling its cache takes a prefill of {work / 1e12:.1f} Tflop, at most {_MOST_FILL / 1e12:.0f}"
         )
     request = compiled.create_infer_request()
     for start in range(0, problem.past, _CHUNK):
         count = min(_CHUNK, problem.past - start)
         rows = _rows(problem, shape.kv_heads, count)
         request.infer({**inputs, 0: _rows(problem, shape.heads, count), 1: rows, 2: rows}, share_inputs=True)
-    other = ReadBuffer(COLD_BYTES)
+    return _entrant([request], inputs, size)
 
-    def call(_copy: int) -> None:
-        request.infer(inputs, share_inputs=True, share_outputs=True)
 
-    return Entrant(Contender("openvino", call, before=lambda: other.read(0, other.size)), size)
+def _entrant(requests: list[Any], inputs: dict[int, Any], size: int) -> Entrant:
+    def call(copy: int) -> None:
+        requests[copy].infer(inputs, share_inputs=True, share_outputs=True)
+
+    return Entrant(Contender("openvino", call, len(requests)), size)
 
 
 def _rows(problem: Problem, heads: int, tokens: int) -> np.ndarray[Any, np.dtype[np.float32]]:

@@ -6,13 +6,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from inferos.bench.problem import Entrant, Offer, Problem, SharedData
+from inferos.bench.record import version_of
 from inferos.bench.timing import Contender
 
 __all__ = ["flash_attention", "offers", "version"]
@@ -47,12 +47,7 @@ _FORMATS = (
 
 def version() -> str | None:
     """The installed version; None without one."""
-    for name in _DISTRIBUTIONS:
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return None
+    return version_of(*_DISTRIBUTIONS)
 
 
 def offers(problem: Problem, data: SharedData) -> list[Offer]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from importlib import metadata
 from typing import Any
 
 from inferos.bench.problem import Entrant, Offer, Problem, SharedData
+from inferos.bench.record import version_of
 from inferos.bench.timing import Contender
 
 __all__ = ["offers", "version"]
@@ -17,10 +17,7 @@ _FORMATS = {"fp32": "f32", "bf16": "bf16"}
 
 def version() -> str | None:
     """The installed version; None without one."""
-    try:
-        return metadata.version("torch")
-    except metadata.PackageNotFoundError:
-        return None
+    return version_of("torch")
 
 
 def offers(problem: Problem, data: SharedData) -> list[Offer]:
