@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -51,7 +51,7 @@ class Rows(Protocol):
         """Bytes that the caches took from the system, at most so far."""
         ...
 
-    def step(self, ids: Ids) -> npt.NDArray[np.generic]:
+    def step(self, ids: Ids) -> npt.NDArray[np.floating[Any]]:
         """One token for each row: ids (rows,) -> logits (rows, vocab_size)."""
         ...
 

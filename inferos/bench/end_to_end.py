@@ -180,11 +180,11 @@ class EndToEnd:
 
     def peers(self) -> list[Peer]:
         """What was compared with."""
-        from inferos.runtime.environment import versions
+        from inferos.bench.peers.ort import version
 
         if BASELINE not in self._plan.modes:
             return []
-        return [Peer(name=PEER, status=MEASURED, version=versions()["onnxruntime"])]
+        return [Peer(name=PEER, status=MEASURED, version=version())]
 
     def cells(self, progress: Callable[[int], object] | None = None) -> Iterator[list[EndToEndRow]]:
         """The rows of one context and batch after the other.

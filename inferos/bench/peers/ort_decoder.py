@@ -157,7 +157,7 @@ class StockRows:
         """Bytes of the buffers."""
         return sum(buffer.nbytes for buffer in self._buffers)
 
-    def step(self, ids: Ids) -> npt.NDArray[np.generic]:
+    def step(self, ids: Ids) -> npt.NDArray[np.floating[Any]]:
         """One token for each row: ids (rows,) -> logits (rows, vocab_size), overwritten by the next step."""
         rows, total = len(self._ids), self.length + 1
         self._ids[:, 0] = ids
