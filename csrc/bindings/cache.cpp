@@ -132,7 +132,7 @@ void append(Handle handle, std::size_t layer, const Array<T>& k, const Array<T>&
   const py::gil_scoped_release unlocked;
   std::vector<float> k_wide;
   std::vector<float> v_wide;
-  lease->append(layer, widen(k_data, count, k_wide), widen(v_data, count, v_wide));
+  lease->append(layer, widen(k_data, count, k_wide), widen(v_data, count, v_wide), ThreadPool::process());
 }
 
 void narrow(const float* from, std::size_t count, Half* to) {

@@ -26,9 +26,10 @@
 //   exp(max s - x) < skip_below: the head is done with the block, its o stays as it is (alpha is 1, for m' = m)
 //   values, D channels:
 //     F16   o[d] = fma over t = lo..hi-1 ascending of p[t] * V[t][d], starting from o[d] * alpha
-//     V8    r[t] = p[t] * vscale[t]; b = max r; P[t] = rint(r[t] * (255 / b)) in 0..255 (all 0 where b < 2^-100)
-//           o[d] = fma(float(sum_t P[t] * code[d][t]), b / 255, o[d] * alpha)
-//     V4    the same with code - 8, and the bias  c = reduce16(sum_t p[t] * fma(vscale[t], 8, vmin[t]))  is added to every channel:
+//     V8    r[t] = p[t] * vscale[t]; for each 16 tokens b = max r, P[t] = rint(r[t] * (255 / b)) in 0..255 (all 0 where b < 2^-100)
+//           o[d] starts from o[d] * alpha, then, 16 tokens after 16 tokens, o[d] = fma(float(sum_t P[t] * code[d][t]), b / 255, o[d])
+//           (One b for all 64 tokens costs twice the error of flat attention, and no less time.)
+//     V4    the same with one b for all 64 tokens (storage error dominates), code - 8, and the bias  c = reduce16(sum_t p[t] * fma(vscale[t], 8, vmin[t]))  is added to every channel:
 //           o[d] = fma(float(sum_t P[t] * (code[d][t] - 8)), b / 255, o[d] * alpha) + c
 //           (Centred, because the rounding of P times the mean of the codes would be the same error in every rotated channel,
 //           and the rotation would put all of it into one channel. 2.5 times less error for one integer per head and block.)

@@ -1,6 +1,6 @@
-"""The package's own threads: they attend where no ONNX Runtime session is, in `KVCache.attend`.
+"""The package's own threads: they work where no ONNX Runtime session is, in `KVCache.append` and `KVCache.attend`.
 
-Inside a session the attention runs on ONNX Runtime's threads (``threads=`` of `inferos.load`); these do nothing then.
+Inside a session the same work is done by ONNX Runtime's threads (``threads=`` of `inferos.load`), and these sleep.
 There are as many as the process may use cores, or as the environment variable INFEROS_THREADS says, and they sleep
 between calls. Results never depend on their number.
 """

@@ -43,11 +43,12 @@ std::unique_ptr<kv::SequenceCache> filled(const Shape& shape, kernels::Format fo
   options.formats = {format};
   auto cache = std::make_unique<kv::SequenceCache>(options, std::make_shared<Arena>(0));
   std::mt19937 random(seed);
+  SerialExecutor serial;
   for (std::int64_t done = 0; done < tokens;) {
     const std::int64_t step = std::min<std::int64_t>(tokens - done, done % 3 == 0 ? 200 : 77);
     const std::size_t values = static_cast<std::size_t>(step) * shape.kv_heads * shape.d;
     cache->begin(step);
-    cache->append(0, normal(random, values).data(), normal(random, values).data());
+    cache->append(0, normal(random, values).data(), normal(random, values).data(), serial);
     cache->commit();
     done += step;
   }

@@ -167,7 +167,7 @@ class Harness {
     const std::vector<float> k = rows(lease->length(), tokens, false);
     const std::vector<float> v = rows(lease->length(), tokens, true);
     for (std::size_t layer = 0; layer < 2; ++layer) {
-      lease->append(layer, k.data(), v.data());
+      lease->append(layer, k.data(), v.data(), ThreadPool::process());
       attend(lease, layer, tokens);
     }
     if (random() % 10 == 0) {
@@ -191,7 +191,7 @@ class Harness {
     for (std::size_t layer = 0; layer < 2; ++layer) {
       Lease lease(handle);
       lease->enter(layer, past, tokens);
-      lease->append(layer, k.data(), v.data());
+      lease->append(layer, k.data(), v.data(), ThreadPool::process());
       attend(lease, layer, tokens);
     }
   }

@@ -114,25 +114,44 @@ ATTEND = """
 """
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads cannot be counted here")
+counts_threads = pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads cannot be counted here")
+
+
+@counts_threads
 def test_workers_start_with_the_first_call_that_has_work_for_them() -> None:
     run = child(
-        ATTEND
+        ATTEND.replace("set_num_threads(4)", "set_num_threads(1)")
         + """
     def count():
         return len(os.listdir("/proc/self/task"))
     before = count()
-    inferos.set_num_threads(1)
     attend()
     alone = count()
     inferos.set_num_threads(4)
+    idle = count()
     attend()
     four = count()
     attend()
-    print(alone - before, four - before, count() - before)
+    print(alone - before, idle - before, four - before, count() - before)
     """
     )
-    assert (run.stdout, run.stderr) == ("0 3 3\n", "")
+    assert (run.stdout, run.stderr) == ("0 0 3 3\n", "")
+
+
+@counts_threads
+def test_inside_a_session_they_have_nothing_to_do() -> None:
+    run = child(
+        """
+    import os
+    import inferos
+    with inferos.load("reference", threads=1) as model:
+        before = len(os.listdir("/proc/self/task"))
+        text = "".join(token.text for token in model.generate("The cat sat on the mat. " * 20, max_tokens=4))
+        print(len(text) > 0, len(os.listdir("/proc/self/task")) - before)
+    """,
+        INFEROS_THREADS="7",
+    )
+    assert (run.stdout, run.stderr) == ("True 0\n", "")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

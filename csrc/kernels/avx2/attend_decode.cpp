@@ -33,7 +33,7 @@ struct Scratch {
   float factor[kChunk];                                 // of the integer sum, and what is added to it: logits
   float bias[kChunk];
   float alpha[kChunk];
-  float unit[kChunk];          // b / 255
+  float unit[kChunk][4];       // b / 255: of V8 for each 16 tokens, of V4 the first
   float offset[kChunk];        // c
   std::int32_t start[kChunk];  // -8 * sum of P
   bool counts[kChunk];         // whether a probability of the head reaches skip_below
@@ -185,9 +185,26 @@ void f16_logits(const Work& work, Scratch& x) noexcept {
   }
 }
 
-// Probabilities times V's scales as weights; for nibbles also what their centre adds.
-template <bool kNibbles>
-void weigh(const std::byte* scales, std::size_t g, Scratch& x) noexcept {
+// Weights of 16 products r, and what the largest product of their scale is.
+__m256i weigh16(__m256 low, __m256 high, float largest) noexcept {
+  const __m256 up = _mm256_set1_ps(largest < kSmallestMaximum ? 0.0F : kWeightLevels / largest);
+  return pack16(_mm256_cvtps_epi32(_mm256_mul_ps(low, up)), _mm256_cvtps_epi32(_mm256_mul_ps(high, up)));
+}
+
+// Probabilities times V's scales as weights, for each 16 tokens by their own largest.
+void weigh8(const std::byte* scales, std::size_t g, Scratch& x) noexcept {
+  for (std::size_t i = 0; i < 4; ++i) {
+    const __m256 low = _mm256_mul_ps(_mm256_load_ps(x.s[g] + 16 * i), load_half(scales + 32 * i));
+    const __m256 high = _mm256_mul_ps(_mm256_load_ps(x.s[g] + 16 * i + 8), load_half(scales + 32 * i + 16));
+    const float b = largest8(_mm256_max_ps(low, high));
+    x.unit[g][i] = b / kWeightLevels;
+    _mm256_store_si256(reinterpret_cast<__m256i*>(x.p_wide[g] + 16 * i), weigh16(low, high, b));
+  }
+}
+
+// The same for nibbles, by the largest of all; and what their centre adds.
+void weigh4(const std::byte* scales, std::size_t g, Scratch& x) noexcept {
+  const __m256 eight = _mm256_set1_ps(static_cast<float>(kNibbleCentre));
   __m256 r[8];
   __m256 largest = _mm256_setzero_ps();
   __m256 bias[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
@@ -196,56 +213,51 @@ void weigh(const std::byte* scales, std::size_t g, Scratch& x) noexcept {
     const __m256 scale = load_half(scales + 16 * i);
     r[i] = _mm256_mul_ps(p, scale);
     largest = _mm256_max_ps(largest, r[i]);
-    if constexpr (kNibbles) {
-      const __m256 eight = _mm256_set1_ps(static_cast<float>(kNibbleCentre));
-      const __m256 centre = _mm256_fmadd_ps(scale, eight, load_half(scales + 2 * kT + 16 * i));
-      bias[i % 2] = _mm256_fmadd_ps(p, centre, bias[i % 2]);
-    }
+    const __m256 centre = _mm256_fmadd_ps(scale, eight, load_half(scales + 2 * kT + 16 * i));
+    bias[i % 2] = _mm256_fmadd_ps(p, centre, bias[i % 2]);
   }
   const float b = largest8(largest);
-  const __m256 up = _mm256_set1_ps(b < kSmallestMaximum ? 0.0F : kWeightLevels / b);
   __m256i total = _mm256_setzero_si256();
   for (std::size_t i = 0; i < 8; i += 2) {
-    const __m256i low = _mm256_cvtps_epi32(_mm256_mul_ps(r[i], up));
-    const __m256i high = _mm256_cvtps_epi32(_mm256_mul_ps(r[i + 1], up));
-    const __m256i weights = pack16(low, high);
-    if constexpr (kNibbles) {
-      total = _mm256_add_epi32(total, _mm256_add_epi32(low, high));
-      _mm_store_si128(reinterpret_cast<__m128i*>(x.p_narrow[g] + 8 * i), pack8<false>(weights));
-    } else {
-      _mm256_store_si256(reinterpret_cast<__m256i*>(x.p_wide[g] + 8 * i), weights);
-    }
+    const __m256i weights = weigh16(r[i], r[i + 1], b);
+    total = _mm256_add_epi32(total, _mm256_madd_epi16(weights, _mm256_set1_epi16(1)));
+    _mm_store_si128(reinterpret_cast<__m128i*>(x.p_narrow[g] + 8 * i), pack8<false>(weights));
   }
-  x.unit[g] = b / kWeightLevels;
-  if constexpr (kNibbles) {
-    x.offset[g] = reduce16(bias[0], bias[1]);
-    x.start[g] = -kNibbleCentre * sum8(total);
-  }
+  x.unit[g][0] = b / kWeightLevels;
+  x.offset[g] = reduce16(bias[0], bias[1]);
+  x.start[g] = -kNibbleCentre * sum8(total);
 }
 
 template <std::size_t G>
 void v8_channels(const Work& work, const std::byte* values, Scratch& x) noexcept {
   for (std::size_t channel = 0; channel < work.task.d; channel += 8) {
     const std::byte* codes = values + channel / 16 * 16 * kT + channel % 16 * 4;
-    __m256i sum[G][2];
-    for (std::size_t g = 0; g < G; ++g) sum[g][0] = sum[g][1] = _mm256_setzero_si256();
-    for (std::size_t t = 0; t < kT; t += 4, codes += 64) {
-      if (t % 8 == 0) fetch(1, x);
-      const __m256i both = load_bytes(codes);
-      const __m256i v0 = _mm256_cvtepi8_epi16(_mm256_castsi256_si128(both));
-      const __m256i v1 = _mm256_cvtepi8_epi16(_mm256_extracti128_si256(both, 1));
+    __m256 o[G];
+    for (std::size_t g = 0; g < G; ++g) {
+      const float* old = work.task.o + (work.head + g) * work.task.d + channel;
+      o[g] = _mm256_mul_ps(_mm256_loadu_ps(old), _mm256_set1_ps(x.alpha[g]));
+    }
+    for (std::size_t i = 0; i < 4; ++i) {
+      __m256i sum[G][2];
+      for (std::size_t g = 0; g < G; ++g) sum[g][0] = sum[g][1] = _mm256_setzero_si256();
+      for (std::size_t t = 16 * i; t < 16 * (i + 1); t += 4, codes += 64) {
+        if (t % 8 == 0) fetch(1, x);
+        const __m256i both = load_bytes(codes);
+        const __m256i v0 = _mm256_cvtepi8_epi16(_mm256_castsi256_si128(both));
+        const __m256i v1 = _mm256_cvtepi8_epi16(_mm256_extracti128_si256(both, 1));
+        for (std::size_t g = 0; g < G; ++g) {
+          const __m256i p = broadcast8(x.p_wide[g] + t);
+          sum[g][0] = _mm256_add_epi32(sum[g][0], _mm256_madd_epi16(v0, p));
+          sum[g][1] = _mm256_add_epi32(sum[g][1], _mm256_madd_epi16(v1, p));
+        }
+      }
       for (std::size_t g = 0; g < G; ++g) {
-        const __m256i p = broadcast8(x.p_wide[g] + t);
-        sum[g][0] = _mm256_add_epi32(sum[g][0], _mm256_madd_epi16(v0, p));
-        sum[g][1] = _mm256_add_epi32(sum[g][1], _mm256_madd_epi16(v1, p));
+        const __m256 now = _mm256_cvtepi32_ps(add_pairs(sum[g][0], sum[g][1]));
+        o[g] = _mm256_fmadd_ps(now, _mm256_set1_ps(x.unit[g][i]), o[g]);
       }
     }
     for (std::size_t g = 0; g < G; ++g) {
-      if (!x.counts[g]) continue;
-      float* o = work.task.o + (work.head + g) * work.task.d + channel;
-      const __m256 old = _mm256_mul_ps(_mm256_loadu_ps(o), _mm256_set1_ps(x.alpha[g]));
-      const __m256 now = _mm256_cvtepi32_ps(add_pairs(sum[g][0], sum[g][1]));
-      _mm256_storeu_ps(o, _mm256_fmadd_ps(now, _mm256_set1_ps(x.unit[g]), old));
+      if (x.counts[g]) _mm256_storeu_ps(work.task.o + (work.head + g) * work.task.d + channel, o[g]);
     }
   }
 }
@@ -277,7 +289,7 @@ void v4_channels(const Work& work, const std::byte* values, Scratch& x) noexcept
       if (!x.counts[g]) continue;
       float* o = work.task.o + (work.head + g) * work.task.d + channel;
       const __m256 old = _mm256_mul_ps(_mm256_loadu_ps(o), _mm256_set1_ps(x.alpha[g]));
-      const __m256 now = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[g]), _mm256_set1_ps(x.unit[g]), old);
+      const __m256 now = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[g]), _mm256_set1_ps(x.unit[g][0]), old);
       _mm256_storeu_ps(o, _mm256_add_ps(now, _mm256_set1_ps(x.offset[g])));
     }
   }
@@ -340,9 +352,9 @@ void run_chunk(const Work& work, float* logits, Scratch& x) noexcept {
   if (!any) return;
   for (std::size_t g = 0; g < G; ++g) {
     if (task.format == Format::kInt8)
-      weigh<false>(record + layout.v_scales, g, x);
+      weigh8(record + layout.v_scales, g, x);
     else if (task.format != Format::kF16)
-      weigh<true>(record + layout.v_scales, g, x);
+      weigh4(record + layout.v_scales, g, x);
   }
   switch (task.format) {
     case Format::kF16: return f16_channels<G>(work, record + std::size_t{work.block.capacity} * task.d * 2, x);

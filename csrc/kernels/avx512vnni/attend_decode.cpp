@@ -37,7 +37,7 @@ struct Scratch {
   alignas(16) float factor[kChunk];              // of the integer sum, and what is added to it: logits
   alignas(16) float bias[kChunk];
   alignas(16) float alpha[kChunk];
-  alignas(16) float unit[kChunk];          // b / 255
+  alignas(16) float unit[kChunk][4];       // b / 255: of V8 for each 16 tokens, of V4 the first
   alignas(16) float offset[kChunk];        // c
   alignas(16) std::int32_t start[kChunk];  // -8 * sum of P
   unsigned counts;                         // a bit for each head, set where a probability reaches skip_below
@@ -201,33 +201,50 @@ void f16_logits(const Work& work, Scratch& x) noexcept {
   for (std::size_t panel = first; panel < past; ++panel) f16_panels<G, 1>(work, panel, x);
 }
 
-// Probabilities times V's scales as u8 weights; for nibbles also what their centre adds.
-template <std::size_t G, bool kNibbles>
-void weigh(const std::byte* scales, Scratch& x) noexcept {
+// Probabilities times V's scales as u8 weights, for each 16 tokens by their own largest.
+template <std::size_t G>
+void weigh8(const std::byte* scales, Scratch& x) noexcept {
+  for (std::size_t g = 0; g < G; ++g) {
+    __m512 r[4];
+    for (std::size_t i = 0; i < 4; ++i)
+      r[i] = _mm512_mul_ps(_mm512_load_ps(x.s[g] + 16 * i), load_half(scales + 32 * i));
+    const __m128 b = across<Largest>(r);
+    alignas(16) float steps[4];
+    _mm_store_ps(steps, step_up(b, kWeightLevels));
+    _mm_store_ps(x.unit[g], _mm_div_ps(b, _mm_set1_ps(kWeightLevels)));
+    for (std::size_t i = 0; i < 4; ++i) {
+      const __m512i weights = _mm512_cvtps_epi32(_mm512_mul_ps(r[i], _mm512_set1_ps(steps[i])));
+      _mm_store_si128(reinterpret_cast<__m128i*>(x.weights[g] + 16 * i), _mm512_cvtepi32_epi8(weights));
+    }
+  }
+}
+
+// The same for nibbles, by the largest of all; and what their centre adds.
+template <std::size_t G>
+void weigh4(const std::byte* scales, Scratch& x) noexcept {
   __m512 r[G][4];
   __m512 largest[G];
   __m512 bias[G];
   for (std::size_t g = 0; g < G; ++g) largest[g] = bias[g] = _mm512_setzero_ps();
+  const __m512 eight = _mm512_set1_ps(static_cast<float>(kNibbleCentre));
   for (std::size_t i = 0; i < 4; ++i) {
     const __m512 scale = load_half(scales + 32 * i);
-    __m512 centre = _mm512_setzero_ps();
-    if constexpr (kNibbles) {
-      const __m512 eight = _mm512_set1_ps(static_cast<float>(kNibbleCentre));
-      centre = _mm512_fmadd_ps(scale, eight, load_half(scales + 2 * kT + 32 * i));
-    }
+    const __m512 centre = _mm512_fmadd_ps(scale, eight, load_half(scales + 2 * kT + 32 * i));
     for (std::size_t g = 0; g < G; ++g) {
       const __m512 p = _mm512_load_ps(x.s[g] + 16 * i);
       r[g][i] = _mm512_mul_ps(p, scale);
       largest[g] = _mm512_max_ps(largest[g], r[g][i]);
-      if constexpr (kNibbles) bias[g] = _mm512_fmadd_ps(p, centre, bias[g]);
+      bias[g] = _mm512_fmadd_ps(p, centre, bias[g]);
     }
   }
   const __m128 b = across<Largest>(largest);
   alignas(16) float steps[kChunk];
+  alignas(16) float units[kChunk];
   _mm_store_ps(steps, step_up(b, kWeightLevels));
-  _mm_store_ps(x.unit, _mm_div_ps(b, _mm_set1_ps(kWeightLevels)));
+  _mm_store_ps(units, _mm_div_ps(b, _mm_set1_ps(kWeightLevels)));
   __m512 total[G];
   for (std::size_t g = 0; g < G; ++g) {
+    x.unit[g][0] = units[g];
     const __m512 up = _mm512_set1_ps(steps[g]);
     __m512i sum = _mm512_setzero_si512();
     for (std::size_t i = 0; i < 4; ++i) {
@@ -237,38 +254,44 @@ void weigh(const std::byte* scales, Scratch& x) noexcept {
     }
     total[g] = _mm512_cvtepi32_ps(sum);  // exact: at most 64 * 255 in the end
   }
-  if constexpr (kNibbles) {
-    _mm_store_ps(x.offset, across<Sum>(bias));
-    const __m128i sums = _mm_cvtps_epi32(across<Sum>(total));
-    _mm_store_si128(reinterpret_cast<__m128i*>(x.start), _mm_mullo_epi32(sums, _mm_set1_epi32(-kNibbleCentre)));
-  }
+  _mm_store_ps(x.offset, across<Sum>(bias));
+  const __m128i sums = _mm_cvtps_epi32(across<Sum>(total));
+  _mm_store_si128(reinterpret_cast<__m128i*>(x.start), _mm_mullo_epi32(sums, _mm_set1_epi32(-kNibbleCentre)));
 }
 
 template <std::size_t G, std::size_t kVectors>
 void v8_channels(const Work& work, std::size_t channel, const std::byte* codes, Scratch& x) noexcept {
-  __m512i sum[G][kVectors];
+  __m512 o[G][kVectors];
   for (std::size_t g = 0; g < G; ++g) {
-    for (std::size_t j = 0; j < kVectors; ++j) sum[g][j] = _mm512_setzero_si512();
-  }
-  for (std::size_t t = 0; t < kT; t += 4) {
-    fetch(kVectors, x);
-    __m512i v[kVectors];
+    const float* old = work.task.o + (work.head + g) * work.task.d + channel;
     for (std::size_t j = 0; j < kVectors; ++j) {
-      const std::byte* at = codes + (channel + 16 * j) * kT + 16 * t;
-      v[j] = _mm512_loadu_si512(at);
+      o[g][j] = _mm512_mul_ps(_mm512_loadu_ps(old + 16 * j), _mm512_set1_ps(x.alpha[g]));
+    }
+  }
+  for (std::size_t i = 0; i < 4; ++i) {
+    __m512i sum[G][kVectors];
+    for (std::size_t g = 0; g < G; ++g) {
+      for (std::size_t j = 0; j < kVectors; ++j) sum[g][j] = _mm512_setzero_si512();
+    }
+    for (std::size_t t = 16 * i; t < 16 * (i + 1); t += 4) {
+      fetch(kVectors, x);
+      __m512i v[kVectors];
+      for (std::size_t j = 0; j < kVectors; ++j) v[j] = _mm512_loadu_si512(codes + (channel + 16 * j) * kT + 16 * t);
+      for (std::size_t g = 0; g < G; ++g) {
+        const __m512i p = broadcast4(x.weights[g] + t);
+        for (std::size_t j = 0; j < kVectors; ++j) sum[g][j] = dot4(sum[g][j], p, v[j]);
+      }
     }
     for (std::size_t g = 0; g < G; ++g) {
-      const __m512i p = broadcast4(x.weights[g] + t);
-      for (std::size_t j = 0; j < kVectors; ++j) sum[g][j] = dot4(sum[g][j], p, v[j]);
+      const __m512 unit = _mm512_set1_ps(x.unit[g][i]);
+      for (std::size_t j = 0; j < kVectors; ++j)
+        o[g][j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[g][j]), unit, o[g][j]);
     }
   }
   for (std::size_t g = 0; g < G; ++g) {
     if ((x.counts >> g & 1) == 0) continue;
-    float* o = work.task.o + (work.head + g) * work.task.d + channel;
-    for (std::size_t j = 0; j < kVectors; ++j) {
-      const __m512 old = _mm512_mul_ps(_mm512_loadu_ps(o + 16 * j), _mm512_set1_ps(x.alpha[g]));
-      _mm512_storeu_ps(o + 16 * j, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[g][j]), _mm512_set1_ps(x.unit[g]), old));
-    }
+    float* to = work.task.o + (work.head + g) * work.task.d + channel;
+    for (std::size_t j = 0; j < kVectors; ++j) _mm512_storeu_ps(to + 16 * j, o[g][j]);
   }
 }
 
@@ -301,7 +324,7 @@ void v4_channels(const Work& work, std::size_t channel, const std::byte* codes, 
     float* o = work.task.o + (work.head + g) * work.task.d + channel;
     for (std::size_t j = 0; j < kVectors; ++j) {
       const __m512 old = _mm512_mul_ps(_mm512_loadu_ps(o + 16 * j), _mm512_set1_ps(x.alpha[g]));
-      const __m512 now = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[g][j]), _mm512_set1_ps(x.unit[g]), old);
+      const __m512 now = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[g][j]), _mm512_set1_ps(x.unit[g][0]), old);
       _mm512_storeu_ps(o + 16 * j, _mm512_add_ps(now, _mm512_set1_ps(x.offset[g])));
     }
   }
@@ -392,9 +415,9 @@ void run_chunk(const Work& work, float* logits, Scratch& x) noexcept {
       static_cast<unsigned>(_mm_movemask_ps(_mm_cmpnlt_ps(largest, _mm_set1_ps(task.skip_below)))) & ((1U << G) - 1);
   if (x.counts == 0) return;
   if (task.format == Format::kInt8)
-    weigh<G, false>(record + layout.v_scales, x);
+    weigh8<G>(record + layout.v_scales, x);
   else if (task.format != Format::kF16)
-    weigh<G, true>(record + layout.v_scales, x);
+    weigh4<G>(record + layout.v_scales, x);
   const std::size_t f16_values = std::size_t{work.block.capacity} * task.d * 2;
   values<G>(work, record + (task.format == Format::kF16 ? f16_values : layout.v_codes), x);
 }
