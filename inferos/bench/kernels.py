@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from inferos.bench.record import OURS, Report, Row, environment, load_average
-from inferos.bench.timing import Contender, Timing, interleave
+from inferos.bench.timing import Contender, Timing, Watcher, interleave
 from inferos.kv import get_num_threads, kernels, set_num_threads
 from inferos.runtime.sampler import Sampler, SamplingOptions
 
@@ -59,16 +59,6 @@ class KernelRow(Row):
     gelem_per_s: float | None = None
     ratio_vs_numpy: float | None = None
     ratio_vs_memcpy: float | None = None
-
-
-class Watcher(Protocol):
-    """Told how a job goes."""
-
-    def advance(self, amount: int) -> None:
-        """That many more of `steps` are done."""
-
-    def describe(self, text: str) -> None:
-        """What is done now."""
 
 
 @dataclass(frozen=True, slots=True)

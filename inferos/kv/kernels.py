@@ -106,7 +106,8 @@ def _empty(part: _Part, x: _Rows) -> Quantized:
     blocks, bits = x.shape[:-2], int(part[1])
     tiles = (2, d * bits // 32, 32, 4) if part[0] == "k" else (d // 16, 2 * bits, 16, 4)
     grids = (*blocks, d if part[0] == "k" else _BLOCK_TOKENS)
-    codes = np.empty((*blocks, *tiles), np.int8 if part == "v8" else np.uint8)
+    shape = (*blocks, *tiles)
+    codes = np.empty(shape, np.int8) if part == "v8" else np.empty(shape, np.uint8)
     minima = None if part == "v8" else np.empty(grids, np.float16)
     return Quantized(part, tokens, d, codes, np.empty(grids, np.float16), minima)
 
@@ -195,7 +196,11 @@ def quantize_v(x: _Rows, bits: int = 8, *, isa: str = "", out: Quantized | None 
 
 def _dequantized(q: Quantized, half: bool, isa: str, out: _Rows | None) -> _Rows:
     dtype = _HALF if half else _SINGLE
-    rows = np.empty((*q.codes.shape[:-4], q.tokens, q.head_dim), dtype) if out is None else out
+    shape = (*q.codes.shape[:-4], q.tokens, q.head_dim)
+    if out is not None:
+        rows = out
+    else:
+        rows = np.empty(shape, np.float16) if half else np.empty(shape, np.float32)
     if rows.dtype != dtype:
         raise TypeError(f"dequantize_{q.part}: out has dtype {rows.dtype}, wanted {dtype}")
     if rows.shape[-2:] != (q.tokens, q.head_dim):
