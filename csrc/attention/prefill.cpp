@@ -15,11 +15,11 @@ namespace {
 using kernels::BlockView;
 using kernels::kBlockTokens;
 
-// Query rows of a tile: enough that a block's expansion is small beside its products, few enough for the L2 cache.
-constexpr std::size_t kTileRows = 256;
+// Floats of a tile's queries: enough rows that a block's expansion is small beside its products, few enough for the L2 cache.
+constexpr std::size_t kTileFloats = std::size_t{1} << 16;
 
 std::size_t tile_tokens(const Shape& shape) noexcept {
-  return std::clamp<std::size_t>(kTileRows / shape.group, 16, 128);
+  return std::clamp<std::size_t>(kTileFloats / (shape.group * shape.d), 16, 1024);
 }
 
 struct Tile {

@@ -76,8 +76,8 @@ def test_exp_is_within_2e_7_and_zero_far_below(isa: str) -> None:
     x = np.concatenate([np.linspace(-70, 0, 200_001), -np.logspace(-30, 0, 2001)]).astype(np.float32)
     q = np.zeros((x.size, 16), np.float32)
     q[:, 0] = x
-    k = np.zeros((4, 16, 16), np.float32)
-    k[0, 0, 0] = 1
+    k = np.zeros((16, TOKENS), np.float32)
+    k[0, 0] = 1
     state = State(np.zeros_like(q), np.zeros(x.size, np.float32), np.zeros(x.size, np.float32))
     visible = np.zeros((x.size, 2), np.int32)
     v = np.zeros((TOKENS, 16), np.float32)

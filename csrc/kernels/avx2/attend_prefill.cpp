@@ -1,13 +1,15 @@
 // Prefill attention with AVX2: a block becomes f32 tiles once, then vfmadd231ps carries two small matrix products per tile.
 //
-// 6 query rows x 2 vectors (16 tokens for q k, 16 channels for p v) are 12 accumulators: latency 4 at two a cycle needs 8, and
-// with 2 vectors of the tile and one broadcast 15 of the 16 registers are used. Per step 2 loads and 6 broadcasts feed 12
-// products. K is laid out with tokens as lanes, V with channels: no horizontal sums.
+// Rows of q are taken in bands: logits of the whole band, then its probabilities, then its values, a column of 16 lanes of the tile
+// after the other. So a column (8 KiB of K at head_dim 128, 4 KiB of V) stays in the L1 cache, and only q and o stream past it.
+// 6 rows x 2 vectors are 12 accumulators: latency 4 at two a cycle (Zen 2 to 5) needs 8, and with 2 vectors of the tile and one
+// broadcast 15 of the 16 registers are used. Per step 2 loads and 6 broadcasts feed 12 products. No horizontal sums.
 
 #include <immintrin.h>
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 
 #include "kernels/attend_isa.hpp"
 #include "kernels/avx2/lanes.hpp"
@@ -16,7 +18,16 @@ namespace inferos::kernels::avx2 {
 namespace {
 
 constexpr std::size_t kT = kBlockTokens;
-constexpr std::size_t kRows = 6;
+constexpr std::size_t kRows = 6;           // of a register block
+constexpr std::size_t kBand = 16 * kRows;  // rows whose logits are kept: 24 KiB
+constexpr std::size_t kLanes = 16;         // of a register block
+
+// Loops over registers are unrolled by force: else g++ 12 keeps their arrays in memory around the loop that uses them.
+#if defined(__GNUC__) && !defined(__clang__)
+#define INFEROS_UNROLL _Pragma("GCC unroll 8")
+#else
+#define INFEROS_UNROLL
+#endif
 
 struct Scales {  // fp16 -> f32, once per block
   alignas(32) float scale[kMaxHeadDim];
@@ -40,14 +51,23 @@ void expand_f16(const BlockView& block, std::size_t d, TokenRange range, float* 
     const __m256 kept = lanes_of(range, vector);
     const bool any = _mm256_movemask_ps(kept) != 0;  // a small block has no bytes behind its last panel
     const std::byte* keys = block.data + 32 * (vector / 2) * d + vector % 2 * 16;
-    float* to = k + 16 * (vector / 2) * d + vector % 2 * 8;
     for (std::size_t c = 0; c < d; ++c) {
       const __m256 x = any ? load_half(keys + 32 * c) : _mm256_setzero_ps();
-      _mm256_storeu_ps(to + 16 * c, _mm256_and_ps(kept, x));
+      _mm256_storeu_ps(k + kT * c + 8 * vector, _mm256_and_ps(kept, x));
     }
   }
   const std::byte* values = block.data + std::size_t{block.capacity} * d * 2;
-  for (std::size_t i = range.lo * d; i < range.hi * d; i += 8) _mm256_storeu_ps(v + i, load_half(values + 2 * i));
+  for (std::size_t t = range.lo; t < range.hi; ++t) {
+    __m256 nan = _mm256_setzero_ps();
+    for (std::size_t i = t * d; i < (t + 1) * d; i += 8) {
+      const __m256 x = load_half(values + 2 * i);
+      nan = _mm256_or_ps(nan, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+      _mm256_storeu_ps(v + i, x);
+    }
+    if (_mm256_movemask_ps(nan) == 0) continue;
+    for (std::size_t i = t * d; i < (t + 1) * d; i += 8) _mm256_storeu_ps(v + i, _mm256_setzero_ps());
+    k[t] = std::numeric_limits<float>::quiet_NaN();
+  }
 }
 
 // kWide: 4 channels of a byte each in a dword; else 8 of a nibble each.
@@ -57,10 +77,10 @@ void expand_k(const std::byte* codes, const Scales& x, std::size_t d, TokenRange
   for (std::size_t vector = 0; vector < kT / 8; ++vector) {
     const __m256 kept = lanes_of(range, vector);
     const std::byte* at = codes + vector / 4 * 128 / kChannels * d + vector % 4 * 32;
-    float* to = k + vector / 2 * 16 * d + vector % 2 * 8;
+    float* to = k + 8 * vector;
     for (std::size_t c = 0; c < d; c += kChannels, at += 128) {
       const __m256i several = load_bytes(at);
-      for (std::size_t j = 0; j < kChannels; ++j, to += 16) {
+      for (std::size_t j = 0; j < kChannels; ++j, to += kT) {
         const __m256 code = field(several, static_cast<int>(8 * (j % 4) + j / 4 * 4), kWide ? 255 : 15);
         const __m256 value = _mm256_fmadd_ps(_mm256_set1_ps(x.scale[c + j]), code, _mm256_set1_ps(x.minimum[c + j]));
         _mm256_storeu_ps(to, _mm256_and_ps(kept, value));
@@ -96,84 +116,130 @@ void expand_v4(const std::byte* codes, const Scales& x, std::size_t d, float* v)
   }
 }
 
-struct Rows {  // of one register block
-  const PrefillTile& tile;
-  std::size_t first;
-  TokenRange range[kRows];
-  float alpha[kRows];
-  alignas(32) float s[kRows][kT];
-
-  Rows(const PrefillTile& of, std::size_t row) noexcept : tile(of), first(row), alpha{} {}
+template <std::size_t R>
+struct Sums {  // R rows x 16 lanes
+  __m256 at[R][2];
 };
 
+// sums[r] += a[r][i] * b[i][0..15] over i = from..to-1.
 template <std::size_t R>
-void logits(Rows& x) noexcept {
-  const std::size_t d = x.tile.d;
-  const float* q = x.tile.q + x.first * d;
-  const __m256 scale = _mm256_set1_ps(x.tile.scale);
-  for (std::size_t t = 0; t < kT; t += 16) {
-    const float* k = x.tile.k + t * d;
-    __m256 sum[R][2];
-    for (std::size_t r = 0; r < R; ++r) sum[r][0] = sum[r][1] = _mm256_setzero_ps();
-    for (std::size_t c = 0; c < d; ++c, k += 16) {
-      const __m256 k0 = _mm256_loadu_ps(k);
-      const __m256 k1 = _mm256_loadu_ps(k + 8);
-      for (std::size_t r = 0; r < R; ++r) {
-        const __m256 qv = _mm256_set1_ps(q[r * d + c]);
-        sum[r][0] = _mm256_fmadd_ps(qv, k0, sum[r][0]);
-        sum[r][1] = _mm256_fmadd_ps(qv, k1, sum[r][1]);
-      }
-    }
+inline void multiply(const float* a, std::size_t a_stride, const float* b, std::size_t b_stride, std::size_t from,
+                     std::size_t to, Sums<R>& sums) noexcept {
+  for (std::size_t i = from; i < to; ++i) {
+    const __m256 low = _mm256_loadu_ps(b + i * b_stride);
+    const __m256 high = _mm256_loadu_ps(b + i * b_stride + 8);
+    INFEROS_UNROLL
     for (std::size_t r = 0; r < R; ++r) {
-      _mm256_store_ps(x.s[r] + t, _mm256_mul_ps(scale, sum[r][0]));
-      _mm256_store_ps(x.s[r] + t + 8, _mm256_mul_ps(scale, sum[r][1]));
+      const __m256 y = _mm256_set1_ps(a[r * a_stride + i]);
+      sums.at[r][0] = _mm256_fmadd_ps(y, low, sums.at[r][0]);
+      sums.at[r][1] = _mm256_fmadd_ps(y, high, sums.at[r][1]);
     }
   }
 }
 
+// Rows of the tile from `first` on, and what each sees of it: every one `all` of its tokens, or its own range.
+struct Band {
+  const PrefillTile& tile;
+  std::size_t first;
+  std::size_t rows;
+  bool whole;
+  TokenRange all;
+  TokenRange range[kBand];  // unless whole
+  alignas(32) float alpha[kBand];
+  alignas(32) float s[kBand][kT];  // logits, then probabilities
+
+  Band(const PrefillTile& of, std::size_t begin, std::size_t count) noexcept : tile(of), first(begin), rows(count) {
+    all = {of.begin, of.end};
+    const std::int32_t from = of.start + of.begin;
+    const std::int32_t to = of.start + of.end - 1;
+    whole = of.begin < of.end;
+    for (std::size_t r = 0; r < rows; ++r)
+      whole &= of.visible[first + r].first <= from && of.visible[first + r].last >= to;
+    if (whole) return;
+    for (std::size_t r = 0; r < rows; ++r) range[r] = visible_tokens(of.start, of.begin, of.end, of.visible[first + r]);
+  }
+
+  TokenRange seen(std::size_t row) const noexcept { return whole ? all : range[row]; }
+
+  // Tokens that rows `row`.. of a register block see, from the first to the last of any.
+  TokenRange seen_by(std::size_t row, std::size_t count) const noexcept {
+    if (whole) return all;
+    TokenRange any{kT, 0};
+    for (std::size_t r = row; r < row + count; ++r) {
+      if (range[r].lo >= range[r].hi) continue;
+      any.lo = range[r].lo < any.lo ? range[r].lo : any.lo;
+      any.hi = range[r].hi > any.hi ? range[r].hi : any.hi;
+    }
+    return any;
+  }
+};
+
+// Logits of R rows for 16 tokens.
 template <std::size_t R>
-void values(const Rows& x) noexcept {
-  const std::size_t d = x.tile.d;
-  for (std::size_t channel = 0; channel < d; channel += 16) {
-    float* o = x.tile.o + x.first * d + channel;
-    __m256 sum[R][2];
-    for (std::size_t r = 0; r < R; ++r) {
-      const __m256 alpha = _mm256_set1_ps(x.alpha[r]);
-      sum[r][0] = _mm256_mul_ps(_mm256_loadu_ps(o + r * d), alpha);
-      sum[r][1] = _mm256_mul_ps(_mm256_loadu_ps(o + r * d + 8), alpha);
-    }
-    for (std::size_t t = x.tile.begin; t < x.tile.end; ++t) {
-      const __m256 v0 = _mm256_loadu_ps(x.tile.v + t * d + channel);
-      const __m256 v1 = _mm256_loadu_ps(x.tile.v + t * d + channel + 8);
-      for (std::size_t r = 0; r < R; ++r) {
-        const __m256 p = _mm256_set1_ps(x.s[r][t]);
-        sum[r][0] = _mm256_fmadd_ps(p, v0, sum[r][0]);
-        sum[r][1] = _mm256_fmadd_ps(p, v1, sum[r][1]);
-      }
-    }
-    for (std::size_t r = 0; r < R; ++r) {
-      if (x.range[r].lo >= x.range[r].hi) continue;  // left as it is
-      _mm256_storeu_ps(o + r * d, sum[r][0]);
-      _mm256_storeu_ps(o + r * d + 8, sum[r][1]);
-    }
+void logits(Band& band, std::size_t row, std::size_t token) noexcept {
+  const std::size_t d = band.tile.d;
+  Sums<R> sums;
+  INFEROS_UNROLL
+  for (std::size_t r = 0; r < R; ++r) sums.at[r][0] = sums.at[r][1] = _mm256_setzero_ps();
+  multiply(band.tile.q + (band.first + row) * d, d, band.tile.k + token, kT, 0, d, sums);
+  const __m256 scale = _mm256_set1_ps(band.tile.scale);
+  INFEROS_UNROLL
+  for (std::size_t r = 0; r < R; ++r) {
+    float* const s = band.s[row + r] + token;
+    _mm256_store_ps(s, _mm256_mul_ps(scale, sums.at[r][0]));
+    _mm256_store_ps(s + 8, _mm256_mul_ps(scale, sums.at[r][1]));
   }
 }
 
+// Adds what tokens [range.lo, range.hi) give to 16 channels of R rows.
 template <std::size_t R>
-void run_rows(const PrefillTile& tile, std::size_t first) noexcept {
-  Rows x(tile, first);
-  bool any = false;
+void values(const Band& band, std::size_t row, TokenRange range, std::size_t channel) noexcept {
+  const std::size_t d = band.tile.d;
+  float* const o = band.tile.o + (band.first + row) * d + channel;
+  Sums<R> sums;
+  INFEROS_UNROLL
   for (std::size_t r = 0; r < R; ++r) {
-    x.range[r] = visible_tokens(tile.start, tile.begin, tile.end, tile.visible[first + r]);
-    any = any || x.range[r].lo < x.range[r].hi;
+    const __m256 alpha = _mm256_set1_ps(band.alpha[row + r]);
+    const float* const from = o + r * d;
+    sums.at[r][0] = _mm256_add_ps(_mm256_mul_ps(_mm256_loadu_ps(from), alpha), _mm256_setzero_ps());
+    sums.at[r][1] = _mm256_add_ps(_mm256_mul_ps(_mm256_loadu_ps(from + 8), alpha), _mm256_setzero_ps());
   }
-  if (!any) return;
-  logits<R>(x);
+  multiply(band.s[row], kT, band.tile.v + channel, d, range.lo, range.hi, sums);
+  INFEROS_UNROLL
   for (std::size_t r = 0; r < R; ++r) {
-    if (x.range[r].lo >= x.range[r].hi) continue;
-    x.alpha[r] = softmax_step(x.s[r], x.range[r], tile.softcap, nullptr, tile.m[first + r], tile.l[first + r]);
+    const TokenRange seen = band.seen(row + r);
+    if (seen.lo >= seen.hi) continue;  // left as it is
+    _mm256_storeu_ps(o + r * d, sums.at[r][0]);
+    _mm256_storeu_ps(o + r * d + 8, sums.at[r][1]);
   }
-  values<R>(x);
+}
+
+using Logits = void (*)(Band&, std::size_t, std::size_t) noexcept;
+using Values = void (*)(const Band&, std::size_t, TokenRange, std::size_t) noexcept;
+constexpr Logits kLogits[kRows] = {logits<1>, logits<2>, logits<3>, logits<4>, logits<5>, logits<6>};
+constexpr Values kValues[kRows] = {values<1>, values<2>, values<3>, values<4>, values<5>, values<6>};
+
+void run(Band& band) noexcept {
+  for (std::size_t token = 0; token < kT; token += kLanes) {
+    for (std::size_t row = 0; row < band.rows; row += kRows) {
+      const std::size_t rows = band.rows - row < kRows ? band.rows - row : kRows;
+      const TokenRange any = band.seen_by(row, rows);
+      if (any.lo < token + kLanes && token < any.hi) kLogits[rows - 1](band, row, token);
+    }
+  }
+  for (std::size_t row = 0; row < band.rows; ++row) {
+    const TokenRange seen = band.seen(row);
+    const std::size_t of_tile = band.first + row;
+    band.alpha[row] =
+        softmax_step(band.s[row], seen, band.tile.softcap, nullptr, band.tile.m[of_tile], band.tile.l[of_tile]);
+  }
+  for (std::size_t channel = 0; channel < band.tile.d; channel += kLanes) {
+    for (std::size_t row = 0; row < band.rows; row += kRows) {
+      const std::size_t rows = band.rows - row < kRows ? band.rows - row : kRows;
+      const TokenRange any = band.seen_by(row, rows);
+      if (any.lo < any.hi) kValues[rows - 1](band, row, any, channel);
+    }
+  }
 }
 
 }  // namespace
@@ -200,15 +266,9 @@ void attend_expand(Format format, const BlockView& block, std::size_t d, float* 
 }
 
 void attend_prefill(const PrefillTile& tile) noexcept {
-  std::size_t row = 0;
-  for (; row + kRows <= tile.rows; row += kRows) run_rows<kRows>(tile, row);
-  switch (tile.rows - row) {
-    case 1: return run_rows<1>(tile, row);
-    case 2: return run_rows<2>(tile, row);
-    case 3: return run_rows<3>(tile, row);
-    case 4: return run_rows<4>(tile, row);
-    case 5: return run_rows<5>(tile, row);
-    default: return;
+  for (std::size_t row = 0; row < tile.rows; row += kBand) {
+    Band band(tile, row, tile.rows - row < kBand ? tile.rows - row : kBand);
+    run(band);
   }
 }
 
