@@ -219,6 +219,40 @@ using Values = void (*)(const Band&, std::size_t, TokenRange, std::size_t) noexc
 constexpr Logits kLogits[kRows] = {logits<1>, logits<2>, logits<3>, logits<4>, logits<5>, logits<6>};
 constexpr Values kValues[kRows] = {values<1>, values<2>, values<3>, values<4>, values<5>, values<6>};
 
+// As softmax_step, for a row that sees all of the tile. Returns alpha.
+float softmax_whole(float* s, float& m, float& l) noexcept {
+  __m256 largest[4];
+  INFEROS_UNROLL
+  for (std::size_t i = 0; i < 4; ++i)
+    largest[i] = _mm256_max_ps(_mm256_load_ps(s + 8 * i), _mm256_load_ps(s + 8 * i + 32));
+  const float block =
+      largest8(_mm256_max_ps(_mm256_max_ps(largest[0], largest[1]), _mm256_max_ps(largest[2], largest[3])));
+  const float top = (block > m ? block : m) + 0.0F;
+  const float base = top == kMinusInfinity ? 0.0F : top;
+  const __m256 subtract = _mm256_set1_ps(base);
+  __m256 sum[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+  INFEROS_UNROLL
+  for (std::size_t i = 0; i < 8; ++i) {
+    const __m256 p = exp_nonpositive(_mm256_sub_ps(_mm256_load_ps(s + 8 * i), subtract));
+    _mm256_store_ps(s + 8 * i, p);
+    sum[i % 2] = _mm256_add_ps(sum[i % 2], p);
+  }
+  const float alpha = m == base ? 1.0F : exp_nonpositive(m - base);
+  const __m128 total = _mm_set_ss(reduce16(sum[0], sum[1]));
+  l = _mm_cvtss_f32(_mm_fmadd_ss(_mm_set_ss(l), _mm_set_ss(alpha), total));
+  m = top;
+  return alpha;
+}
+
+// Logits of a row -> probabilities; m and l of the tile and alpha of the band.
+void softmax(Band& band, std::size_t row) noexcept {
+  float& m = band.tile.m[band.first + row];
+  float& l = band.tile.l[band.first + row];
+  const bool simple = band.whole && band.all.lo == 0 && band.all.hi == kT && !(band.tile.softcap > 0.0F);
+  band.alpha[row] = simple ? softmax_whole(band.s[row], m, l)
+                           : softmax_step(band.s[row], band.seen(row), band.tile.softcap, nullptr, m, l);
+}
+
 void run(Band& band) noexcept {
   for (std::size_t token = 0; token < kT; token += kLanes) {
     for (std::size_t row = 0; row < band.rows; row += kRows) {
@@ -227,12 +261,7 @@ void run(Band& band) noexcept {
       if (any.lo < token + kLanes && token < any.hi) kLogits[rows - 1](band, row, token);
     }
   }
-  for (std::size_t row = 0; row < band.rows; ++row) {
-    const TokenRange seen = band.seen(row);
-    const std::size_t of_tile = band.first + row;
-    band.alpha[row] =
-        softmax_step(band.s[row], seen, band.tile.softcap, nullptr, band.tile.m[of_tile], band.tile.l[of_tile]);
-  }
+  for (std::size_t row = 0; row < band.rows; ++row) softmax(band, row);
   for (std::size_t channel = 0; channel < band.tile.d; channel += kLanes) {
     for (std::size_t row = 0; row < band.rows; row += kRows) {
       const std::size_t rows = band.rows - row < kRows ? band.rows - row : kRows;
