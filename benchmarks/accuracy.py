@@ -22,8 +22,9 @@ def rows() -> list[dict[str, object]]:
     for head_dim in accuracy.HEAD_DIMS:
         for ratio in accuracy.RATIOS:
             for fmt in ("f16", "int8", "k8v4", "int4"):
-                error = accuracy.flat_error(fmt, head_dim, ratio)
-                table.append({"case": "flat", "head_dim": head_dim, "gqa": ratio, "kv": fmt, "error": error})
+                for case, only in (("flat", False), ("flat, arithmetic alone", True)):
+                    error = accuracy.flat_error(fmt, head_dim, ratio, arithmetic_only=only)
+                    table.append({"case": case, "head_dim": head_dim, "gqa": ratio, "kv": fmt, "error": error})
     for head_dim in accuracy.HEAD_DIMS:
         for magnitude in accuracy.MAGNITUDES:
             for frequency in accuracy.FREQUENCIES:

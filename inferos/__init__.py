@@ -18,7 +18,7 @@ from inferos.errors import InferosError
 
 if _typing.TYPE_CHECKING:
     from inferos.config import Policy
-    from inferos.kv import Arena, KVCache, LayerSpec, kernels
+    from inferos.kv import Arena, KVCache, LayerSpec, get_num_threads, kernels, set_num_threads
     from inferos.runtime.generate import Generation, Token
     from inferos.runtime.model import Conversation, Model, load
     from inferos.runtime.register import register
@@ -39,10 +39,12 @@ __all__ = [
     "SamplingOptions",
     "Token",
     "errors",
+    "get_num_threads",
     "kernels",
     "load",
     "register",
     "rewrite",
+    "set_num_threads",
 ]
 
 # Public name -> the module that defines it.
@@ -56,9 +58,11 @@ _HOMES = {
     "Policy": "inferos.config",
     "SamplingOptions": "inferos.runtime.sampler",
     "Token": "inferos.runtime.generate",
+    "get_num_threads": "inferos.kv",
     "load": "inferos.runtime.model",
     "register": "inferos.runtime.register",
     "rewrite": "inferos.runtime.rewrite",
+    "set_num_threads": "inferos.kv",
 }
 
 

@@ -23,12 +23,16 @@ using kernels::scalar::exp_nonpositive;
 // neither changes a bit of the result.
 constexpr std::size_t kSpansPerRow = 32;
 constexpr std::size_t kSpanBlocks = 16;
+constexpr float kSkipped = 0x1p-24F;  // probabilities below this, all tokens of the context together, need no values
 constexpr std::size_t kMassQueries = 64;  // the newest queries of a prefill that count for the mass
+constexpr std::size_t kRunsPerThread =
+    4;  // spans are handed to a thread as runs of neighbours: what comes next is known and fetched
 
 struct Job {  // one kv head of one row
   const float* q;
   float* out;
   kernels::Visible visible;
+  float skip_below;
   std::array<std::span<const BlockView>, kVisitOrder.size()> lists;  // in visit order
   std::size_t blocks;
   std::size_t spans;
@@ -68,10 +72,28 @@ Job plan_job(const RowPlan& row, const Shape& shape, std::size_t head, std::size
   job.spans =
       std::clamp<std::size_t>(std::min(kSpansPerRow / shape.kv_heads, job.blocks / kSpanBlocks), 1, kSpansPerRow);
   job.length = row.length;
+  job.skip_below = kSkipped / static_cast<float>(row.length);
   return job;
 }
 
-void run_span(const Job& job, const Shape& shape, std::size_t span) noexcept {
+// Where the first block of the lists from `list` on lies.
+const std::byte* first_from(const Job& job, std::size_t list) noexcept {
+  while (list < job.lists.size() && job.lists[list].empty()) ++list;
+  return list < job.lists.size() ? job.lists[list].front().data : nullptr;
+}
+
+// Where the first block of a span lies.
+const std::byte* span_begin(const Job& job, std::size_t span) noexcept {
+  std::size_t skipped = job.blocks * span / job.spans;
+  for (const auto& list : job.lists) {
+    if (skipped < list.size()) return list[skipped].data;
+    skipped -= list.size();
+  }
+  return nullptr;
+}
+
+// `then`: what the same thread reads next, or nullptr.
+void run_span(const Job& job, const Shape& shape, std::size_t span, const std::byte* then) noexcept {
   const std::size_t first = job.blocks * span / job.spans;
   const std::size_t last = job.blocks * (span + 1) / job.spans;
   const Partial partial = partial_at(job, shape, span);
@@ -96,10 +118,12 @@ void run_span(const Job& job, const Shape& shape, std::size_t span) noexcept {
                                      .d = shape.d,
                                      .scale = shape.scale,
                                      .softcap = shape.softcap,
+                                     .skip_below = job.skip_below,
                                      .visible = job.visible,
                                      .format = kVisitOrder[i],
                                      .blocks = job.lists[i].data() + (from - list_begin),
                                      .count = to - from,
+                                     .then = to < last ? first_from(job, i + 1) : then,
                                      .o = partial.o,
                                      .m = partial.m,
                                      .l = partial.l,
@@ -158,13 +182,19 @@ struct Call {
   std::vector<Job> jobs;
   std::vector<std::pair<std::size_t, std::size_t>> tasks;  // job, span
   std::vector<std::atomic<std::size_t>> unfinished;        // spans, by job
+  std::size_t runs;                                        // of neighbouring tasks
 
   // The task that ends a job's last span merges it: no second pass over the pool.
   static void run(void* context, std::size_t i) noexcept {
     auto& call = *static_cast<Call*>(context);
-    const auto [j, span] = call.tasks[i];
-    run_span(call.jobs[j], call.shape, span);
-    if (call.unfinished[j].fetch_sub(1, std::memory_order_acq_rel) == 1) merge_spans(call.jobs[j], call.shape);
+    const std::size_t end = call.tasks.size() * (i + 1) / call.runs;
+    for (std::size_t task = call.tasks.size() * i / call.runs; task < end; ++task) {
+      const auto [j, span] = call.tasks[task];
+      const std::byte* then = nullptr;
+      if (task + 1 < end) then = span_begin(call.jobs[call.tasks[task + 1].first], call.tasks[task + 1].second);
+      run_span(call.jobs[j], call.shape, span, then);
+      if (call.unfinished[j].fetch_sub(1, std::memory_order_acq_rel) == 1) merge_spans(call.jobs[j], call.shape);
+    }
   }
 };
 
@@ -187,10 +217,12 @@ void decode_rows(std::span<const RowPlan> rows, const Shape& shape, Executor& ex
       jobs.push_back(job);
     }
   }
-  Floats partials;
+  static thread_local Floats partials;
   const auto logits = std::make_unique_for_overwrite<float[]>(logit_floats);
   Call call{shape, std::move(jobs), std::move(tasks),
-            std::vector<std::atomic<std::size_t>>(rows.size() * shape.kv_heads)};
+            std::vector<std::atomic<std::size_t>>(rows.size() * shape.kv_heads), 1};
+  const std::size_t threads = executor.concurrency();
+  if (threads > 1) call.runs = std::min(call.tasks.size(), threads * kRunsPerThread);
   float* next_partial = partials.at_least(call.tasks.size() * partial_floats(shape));
   float* next_logits = logits.get();
   for (std::size_t j = 0; j < call.jobs.size(); ++j) {
@@ -203,7 +235,7 @@ void decode_rows(std::span<const RowPlan> rows, const Shape& shape, Executor& ex
     }
     call.unfinished[j].store(job.spans, std::memory_order_relaxed);
   }
-  executor.parallel_for(call.tasks.size(), &Call::run, &call);
+  executor.parallel_for(call.runs, &Call::run, &call);
 }
 
 void add_prefill_mass(std::span<const RowPlan> rows, const Shape& shape, Executor& executor) {
@@ -237,7 +269,8 @@ void add_prefill_mass(std::span<const RowPlan> rows, const Shape& shape, Executo
       job.logits = job.out + c.shape.group * c.shape.d;
       job.mass = mass;
       job.mass_weight = 1.0F / static_cast<float>(queries);
-      run_span(job, c.shape, 0);
+      job.skip_below = std::numeric_limits<float>::infinity();  // only the logits are wanted
+      run_span(job, c.shape, 0, nullptr);
       merge_spans(job, c.shape);
     }
   };

@@ -73,7 +73,7 @@ BlockView view(Format format, const BlockTuple& block, std::size_t d) {
 
 void decode(const Attend& kernel, const Floats& q, int format, const std::vector<BlockTuple>& blocks,
             std::pair<std::int32_t, std::int32_t> visible, float scale, float softcap, Floats& o, Floats& m, Floats& l,
-            std::optional<Floats> logits) {
+            std::optional<Floats> logits, float skip_below) {
   const std::size_t group = rows_of(q, "q");
   const auto d = static_cast<std::size_t>(q.shape(1));
   expect(o, "o", {group, d});
@@ -88,10 +88,12 @@ void decode(const Attend& kernel, const Floats& q, int format, const std::vector
                                  .d = d,
                                  .scale = scale,
                                  .softcap = softcap,
+                                 .skip_below = skip_below,
                                  .visible = {visible.first, visible.second},
                                  .format = checked_format(format),
                                  .blocks = views.data(),
                                  .count = views.size(),
+                                 .then = nullptr,
                                  .o = o.mutable_data(),
                                  .m = m.mutable_data(),
                                  .l = l.mutable_data(),
@@ -168,7 +170,7 @@ void add_attend(py::module_& m) {
       .def_property_readonly("isa", [](const Attend& kernel) { return isa_name(kernel.isa); })
       .def("decode", &decode, py::arg("q").noconvert(), py::arg("format"), py::arg("blocks").noconvert(),
            py::arg("visible"), py::arg("scale"), py::arg("softcap"), py::arg("o").noconvert(), py::arg("m").noconvert(),
-           py::arg("l").noconvert(), py::arg("logits").noconvert() = py::none(),
+           py::arg("l").noconvert(), py::arg("logits").noconvert() = py::none(), py::arg("skip_below") = 0.0F,
            "One query token over blocks of one format; o, m and l are read and updated.")
       .def("expand", &expand, py::arg("format"), py::arg("block").noconvert(), py::arg("head_dim"),
            "One block as f32 tiles: k (head_dim, 64), v (64, head_dim).")

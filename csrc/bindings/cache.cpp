@@ -1,4 +1,4 @@
-// _core.Arena, and _core.cache: sequences by handle. Validate, lease, view, unlock, call.
+// _core.Arena, the threads, and _core.cache: sequences by handle. Validate, lease, view, unlock, call.
 
 #include <algorithm>
 #include <array>
@@ -16,6 +16,7 @@
 #include "attention/attention.hpp"
 #include "bindings/bindings.hpp"
 #include "core/arena.hpp"
+#include "core/thread_pool.hpp"
 #include "kernels/quantize.hpp"
 #include "kv/registry.hpp"
 
@@ -131,7 +132,7 @@ void append(Handle handle, std::size_t layer, const Array<T>& k, const Array<T>&
   const py::gil_scoped_release unlocked;
   std::vector<float> k_wide;
   std::vector<float> v_wide;
-  lease->append(layer, widen(k_data, count, k_wide), widen(v_data, count, v_wide));
+  lease->append(layer, widen(k_data, count, k_wide), widen(v_data, count, v_wide), ThreadPool::process());
 }
 
 void narrow(const float* from, std::size_t count, Half* to) {
@@ -163,9 +164,8 @@ std::pair<Array<T>, py::object> attend(Handle handle, std::size_t layer, const A
     if constexpr (std::is_same_v<T, float>) result = out_data;
     std::vector<float> own_mass(scored && !mass ? mass_count : 0);
     float* const mass_data = own_mass.empty() ? returned_mass : own_mass.data();
-    SerialExecutor executor;
     const attention::Row row{&*lease, widen(q_data, count, q_wide), result, tokens, mass_data};
-    attention::run({&row, 1}, {layer, heads, scale, softcap}, executor);
+    attention::run({&row, 1}, {layer, heads, scale, softcap}, ThreadPool::process());
     if (scored) lease->fold_mass(layer, {mass_data, mass_count});
     if constexpr (!std::is_same_v<T, float>) narrow(result, count, out_data);
   }
@@ -303,10 +303,17 @@ void add_step(py::module_& m) {
         "q: (tokens, heads, head_dim) -> ((tokens, heads, head_dim), None or (kv_heads, visible tokens))");
 }
 
+void add_threads(py::module_& m) {
+  m.attr("MAX_THREADS") = kMaxThreads;
+  m.def("get_num_threads", [] { return ThreadPool::process().concurrency(); });
+  m.def("set_num_threads", [](std::int64_t threads) { ThreadPool::process().resize(threads); }, py::arg("threads"));
+}
+
 }  // namespace
 
 void add_cache(py::module_& parent) {
   add_arena(parent);
+  add_threads(parent);
   py::module_ m =
       parent.def_submodule("cache", "Sequences by handle. One thread at a time uses a sequence: BusyError.");
   using Unlocked = py::call_guard<py::gil_scoped_release>;

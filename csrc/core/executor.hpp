@@ -1,5 +1,5 @@
 #pragma once
-// Where parallel work runs: ONNX Runtime's own pool inside the op, the caller's thread in the plain API.
+// Where parallel work runs: ONNX Runtime's own pool inside the op, the process's own pool in the plain API.
 
 #include <cstddef>
 

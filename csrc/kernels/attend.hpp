@@ -8,7 +8,8 @@
 //   * exp is the polynomial of exp_constants.hpp, the same operations everywhere; it is exactly 0 below -64;
 //   * quantised products are exact integers.
 // Promised where |q| < 2^90 and FP16 blocks are finite (packed blocks are, by construction). A NaN in K or V of a token makes l or
-// o of the heads that see it NaN; a head with larger or no finite q gets unspecified values. Nothing is read or written out of bounds.
+// o of the heads that see it NaN (where l is, m and o are unspecified), but for values whose weight is too small to count; a head with
+// larger or no finite q gets unspecified values. Nothing is read or written out of bounds.
 //
 // Decode, one query token. For each block, in list order, for each query head g:
 //   [lo, hi) = [begin, end) cut to the visible range; a block with none is skipped (its logits are -inf)
@@ -22,11 +23,13 @@
 //   all other tokens: s = -inf, p = 0
 //   m' = max(m, max s) + 0, NaN ignored; x = m', or 0 where m' is -inf; alpha = exp(m - x); p[t] = exp(s[t] - x)
 //   l = fma(l, alpha, reduce16(sum of p in lanes t % 16, ascending t))
+//   exp(max s - x) < skip_below: the head is done with the block, its o stays as it is (alpha is 1, for m' = m)
 //   values, D channels:
 //     F16   o[d] = fma over t = lo..hi-1 ascending of p[t] * V[t][d], starting from o[d] * alpha
-//     V8    r[t] = p[t] * vscale[t]; b = max r; P[t] = rint(r[t] * (255 / b)) in 0..255 (all 0 where b < 2^-100)
-//           o[d] = fma(float(sum_t P[t] * code[d][t]), b / 255, o[d] * alpha)
-//     V4    the same with code - 8, and the bias  c = reduce16(sum_t p[t] * fma(vscale[t], 8, vmin[t]))  is added to every channel:
+//     V8    r[t] = p[t] * vscale[t]; for each 16 tokens b = max r, P[t] = rint(r[t] * (255 / b)) in 0..255 (all 0 where b < 2^-100)
+//           o[d] starts from o[d] * alpha, then, 16 tokens after 16 tokens, o[d] = fma(float(sum_t P[t] * code[d][t]), b / 255, o[d])
+//           (One b for all 64 tokens costs twice the error of flat attention, and no less time.)
+//     V4    the same with one b for all 64 tokens (storage error dominates), code - 8, and the bias  c = reduce16(sum_t p[t] * fma(vscale[t], 8, vmin[t]))  is added to every channel:
 //           o[d] = fma(float(sum_t P[t] * (code[d][t] - 8)), b / 255, o[d] * alpha) + c
 //           (Centred, because the rounding of P times the mean of the codes would be the same error in every rotated channel,
 //           and the rotation would put all of it into one channel. 2.5 times less error for one integer per head and block.)
@@ -54,10 +57,13 @@ struct DecodeTask {
   std::size_t d;      // head_dim
   float scale;        // on logits, for example 1/sqrt(D)
   float softcap;      // 0 = none
+  float skip_below;   // 0 = never; 2^-24 / context loses less than one rounding of FP32 in all of a context together
   Visible visible;
   Format format;  // of all blocks of the list
   const BlockView* blocks;
   std::size_t count;
+  const std::byte*
+      then;  // nullptr, or what the caller reads after these blocks, fetched while the last of them are computed
   // Partial results, read and updated: o[group][D], m[group] (-inf at the start), l[group] (0 at the start).
   float* o;
   float* m;

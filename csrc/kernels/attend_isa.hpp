@@ -34,6 +34,13 @@ static inline TokenRange visible_tokens(std::int32_t start, std::uint16_t begin,
   return {static_cast<std::size_t>(lo), static_cast<std::size_t>(hi)};
 }
 
+// What to fetch while another block is computed: record i of the list, or what comes after the list, or once more the last one.
+static inline const std::byte* block_ahead(const DecodeTask& task, std::size_t i, std::size_t record) noexcept {
+  if (i < task.count) return task.blocks[i].data;
+  if (task.then == nullptr) return task.blocks[task.count - 1].data;
+  return task.then + (i - task.count) * record;
+}
+
 #define INFEROS_DECLARE_ATTEND                                                                           \
   void attend_decode(const DecodeTask& task) noexcept;                                                   \
   void attend_expand(Format format, const BlockView& block, std::size_t d, float* k, float* v) noexcept; \

@@ -1,7 +1,10 @@
 #include "kv/layer_store.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
+#include <iterator>
+#include <new>
 #include <utility>
 
 #include "kernels/codec.hpp"
@@ -12,6 +15,7 @@ namespace {
 
 constexpr std::size_t index_of(Format format) noexcept { return static_cast<std::size_t>(format); }
 constexpr std::size_t kF16 = index_of(Format::kF16);
+constexpr std::int64_t kSharedTokens = 32;  // fewer are written in less time than another thread takes to wake up
 
 std::size_t sink_capacity(std::size_t sink_tokens) noexcept { return (sink_tokens + 15) / 16 * 16; }
 
@@ -37,45 +41,61 @@ Reservation LayerStore::reserve(Arena& arena, const Grid& grid, std::vector<Demo
     make_room(streams_[demotion.head].by_format[index_of(demotion.format)], demotions.size());
   }
   taken.demotions = std::move(demotions);
-  std::size_t packed = 0;
-  for (std::size_t index = std::max(settled_, first_); index < grid.due() && leaving_ != Format::kF16; ++index) {
-    for (const Head& head : heads_) {
-      if (head.blocks[index - first_]->format() != Format::kF16) continue;
-      taken.packed.push_back(std::make_shared<Block>(arena, leaving_, shape_.head_dim, kBlockTokens));
+  // Head by head, so that a head's blocks follow each other in memory: a stream that jumps is read a tenth slower.
+  const std::size_t due = leaving_ == Format::kF16 ? 0 : grid.due();
+  const std::size_t from = std::min(std::max(settled_, first_), due);
+  if (from < due) taken.packed.resize(heads_.size());
+  for (std::size_t h = 0; h < taken.packed.size(); ++h) {
+    for (std::size_t index = from; index < due; ++index) {
+      if (heads_[h].blocks[index - first_]->format() != Format::kF16) continue;
+      taken.packed[h].push_back(std::make_shared<Block>(arena, leaving_, shape_.head_dim, kBlockTokens));
     }
-    ++packed;
   }
   for (std::size_t i = 0; sinks && i < heads_.size(); ++i) {
     taken.sinks.push_back(std::make_shared<Block>(arena, Format::kF16, shape_.head_dim, sink_capacity(sink_tokens_)));
   }
-  for (std::size_t i = 0; i < fresh * heads_.size(); ++i) {
-    taken.fresh.push_back(std::make_shared<Block>(arena, Format::kF16, shape_.head_dim, kBlockTokens));
+  taken.fresh.resize(heads_.size());
+  for (std::vector<BlockPtr>& own : taken.fresh) {
+    for (std::size_t i = 0; i < fresh; ++i) {
+      own.push_back(std::make_shared<Block>(arena, Format::kF16, shape_.head_dim, kBlockTokens));
+    }
   }
   for (std::size_t h = 0; h < heads_.size(); ++h) {
     make_room(heads_[h].blocks, fresh);
     make_room(streams_[h].by_format[kF16], fresh + 1);
-    make_room(streams_[h].by_format[index_of(leaving_)], packed + taken.demotions.size());
+    make_room(streams_[h].by_format[index_of(leaving_)], due - from + taken.demotions.size());
   }
   return taken;
 }
 
-void LayerStore::settle(const Grid& grid, Reservation& reservation) {
-  std::size_t next = 0;
-  for (std::size_t index = std::max(settled_, first_); index < grid.due() && leaving_ != Format::kF16; ++index) {
-    for (std::size_t h = 0; h < heads_.size(); ++h) {
-      const Block& old = *heads_[h].blocks[index - first_];
-      if (old.format() != Format::kF16) continue;
-      convert_block(old, grid[index].tokens, shape_.head_dim, *reservation.packed[next]);
-      replace(h, grid[index], index, std::move(reservation.packed[next++]));
+void LayerStore::append(const Grid& grid, Reservation& reservation, std::int64_t from, std::int64_t to, const float* k,
+                        const float* v, Executor& executor) {
+  place(reservation);
+  struct Call {
+    LayerStore& store;
+    const Grid& grid;
+    Reservation& reservation;
+    std::int64_t from, to;
+    const float* k;
+    const float* v;
+    std::atomic<bool> out_of_memory{false};
+
+    static void run(void* context, std::size_t head) noexcept {
+      auto& call = *static_cast<Call*>(context);
+      try {
+        call.store.settle(call.grid, head, call.reservation);
+        call.store.write(call.grid, head, call.from, call.to, call.k, call.v);
+      } catch (const std::bad_alloc&) {
+        call.out_of_memory.store(true, std::memory_order_relaxed);
+      }
     }
-  }
+  };
+  Call call{*this, grid, reservation, from, to, k, v};
+  SerialExecutor alone;
+  const bool shared = to - from >= kSharedTokens || !reservation.packed.empty() || !reservation.demotions.empty();
+  (shared ? executor : alone).parallel_for(heads_.size(), &Call::run, &call);
+  if (call.out_of_memory.load()) throw std::bad_alloc();
   settled_ = std::max(settled_, grid.due());
-  for (Demotion& demotion : reservation.demotions) {
-    const Block& old = *heads_[demotion.head].blocks[demotion.index - first_];
-    if (old.format() >= demotion.format) continue;  // what was due has just become that narrow
-    convert_block(old, grid[demotion.index].tokens, shape_.head_dim, *demotion.block);
-    replace(demotion.head, grid[demotion.index], demotion.index, std::move(demotion.block));
-  }
 }
 
 void LayerStore::place(Reservation& reservation) noexcept {
@@ -83,39 +103,55 @@ void LayerStore::place(Reservation& reservation) noexcept {
     heads_[h].sink = std::move(reservation.sinks[h]);
     streams_[h].by_format[kF16].push_back(view_of(*heads_[h].sink, 0, 0));
   }
-  for (std::size_t i = 0; i < reservation.fresh.size(); ++i) {
-    heads_[i % heads_.size()].blocks.push_back(std::move(reservation.fresh[i]));
+  for (std::size_t h = 0; h < reservation.fresh.size(); ++h) {
+    std::move(reservation.fresh[h].begin(), reservation.fresh[h].end(), std::back_inserter(heads_[h].blocks));
   }
 }
 
-void LayerStore::write(const Grid& grid, std::int64_t from, std::int64_t to, const float* k, const float* v) noexcept {
+void LayerStore::settle(const Grid& grid, std::size_t head, Reservation& reservation) {
+  std::size_t next = 0;
+  for (std::size_t index = std::max(settled_, first_); index < grid.due() && leaving_ != Format::kF16; ++index) {
+    const Block& old = *heads_[head].blocks[index - first_];
+    if (old.format() != Format::kF16) continue;
+    BlockPtr& packed = reservation.packed[head][next++];
+    convert_block(old, grid[index].tokens, shape_.head_dim, *packed);
+    replace(head, grid[index], index, std::move(packed));
+  }
+  for (Demotion& demotion : reservation.demotions) {
+    if (demotion.head != head) continue;
+    const Block& old = *heads_[head].blocks[demotion.index - first_];
+    if (old.format() >= demotion.format) continue;  // what was due has just become that narrow
+    convert_block(old, grid[demotion.index].tokens, shape_.head_dim, *demotion.block);
+    replace(head, grid[demotion.index], demotion.index, std::move(demotion.block));
+  }
+}
+
+void LayerStore::write(const Grid& grid, std::size_t head, std::int64_t from, std::int64_t to, const float* k,
+                       const float* v) noexcept {
   const std::size_t d = shape_.head_dim;
   const std::size_t row = shape_.kv_heads * d;
-  const auto put = [&](const Block& block, std::size_t h, std::int64_t start, std::int64_t begin, std::int64_t end) {
+  const auto put = [&](const Block& block, std::int64_t start, std::int64_t begin, std::int64_t end) {
     for (std::int64_t p = begin; p < end; ++p) {
-      const std::size_t offset = static_cast<std::size_t>(p - from) * row + h * d;
+      const std::size_t offset = static_cast<std::size_t>(p - from) * row + head * d;
       kernels::store_f16_token(block.data(), d, block.capacity(), static_cast<std::size_t>(p - start), k + offset,
                                v + offset);
     }
   };
   const std::int64_t sink_end = std::min<std::int64_t>(static_cast<std::int64_t>(sink_tokens_), to);
-  const std::int64_t grid_from = std::max<std::int64_t>(from, grid.origin());
-  for (std::size_t h = 0; h < heads_.size(); ++h) {
-    std::vector<BlockView>& views = streams_[h].by_format[kF16];
-    if (from < sink_end) {
-      put(*heads_[h].sink, h, 0, from, sink_end);
-      views.front().end = static_cast<std::uint16_t>(sink_end);
-    }
-    for (std::int64_t p = grid_from; p < to;) {
-      const std::size_t index = grid.find(p);
-      const GridEntry& entry = grid[index];
-      const Block& block = *heads_[h].blocks[index - first_];
-      const std::int64_t end = std::min<std::int64_t>(entry.end(), to);
-      put(block, h, entry.start, p, end);
-      if (views.empty() || views.back().start != entry.start) views.push_back(view_of(block, entry.start, 0));
-      views.back().end = static_cast<std::uint16_t>(end - entry.start);
-      p = end;
-    }
+  std::vector<BlockView>& views = streams_[head].by_format[kF16];
+  if (from < sink_end) {
+    put(*heads_[head].sink, 0, from, sink_end);
+    views.front().end = static_cast<std::uint16_t>(sink_end);
+  }
+  for (std::int64_t p = std::max<std::int64_t>(from, grid.origin()); p < to;) {
+    const std::size_t index = grid.find(p);
+    const GridEntry& entry = grid[index];
+    const Block& block = *heads_[head].blocks[index - first_];
+    const std::int64_t end = std::min<std::int64_t>(entry.end(), to);
+    put(block, entry.start, p, end);
+    if (views.empty() || views.back().start != entry.start) views.push_back(view_of(block, entry.start, 0));
+    views.back().end = static_cast<std::uint16_t>(end - entry.start);
+    p = end;
   }
 }
 

@@ -7,6 +7,7 @@
 #include <span>
 #include <vector>
 
+#include "core/executor.hpp"
 #include "kernels/attend.hpp"
 #include "kv/block.hpp"
 #include "kv/grid.hpp"
@@ -44,10 +45,10 @@ struct Demotion {
 
 // Memory one step may need in one layer, taken before the step changes anything.
 struct Reservation {
-  std::vector<BlockPtr> packed;  // for the blocks that are due: by grid index, then head
+  std::vector<std::vector<BlockPtr>> packed;  // by head, for the blocks that are due
   std::vector<Demotion> demotions;
-  std::vector<BlockPtr> sinks;  // one per head, or none
-  std::vector<BlockPtr> fresh;  // by grid index, then head
+  std::vector<BlockPtr> sinks;               // one per head, or none
+  std::vector<std::vector<BlockPtr>> fresh;  // by head, for new grid entries
 };
 
 class LayerStore {
@@ -62,11 +63,10 @@ class LayerStore {
   bool is_behind(const Grid& grid) const noexcept { return settled_ < grid.due(); }
   // Blocks for what is due, for `demotions`, for `fresh` new grid entries (and the sinks, where `sinks`), and room in every list.
   Reservation reserve(Arena& arena, const Grid& grid, std::vector<Demotion> demotions, std::size_t fresh, bool sinks);
-  // Packs what is due, then what was demoted; then takes over the new blocks, empty as yet.
-  void settle(const Grid& grid, Reservation& reservation);
-  void place(Reservation& reservation) noexcept;
-  // Tokens from..to-1 of the grid, which covers them already. k, v: [to - from][kv_heads][head_dim].
-  void write(const Grid& grid, std::int64_t from, std::int64_t to, const float* k, const float* v) noexcept;
+  // Packs what is due, then what was demoted; takes over the new blocks and writes tokens from..to-1 of the grid, which covers
+  // them already. k, v: [to - from][kv_heads][head_dim]. Head by head where that is worth sharing.
+  void append(const Grid& grid, Reservation& reservation, std::int64_t from, std::int64_t to, const float* k,
+              const float* v, Executor& executor);
 
   // After the grid was truncated to `length`.
   void truncate(const Grid& grid, std::int64_t length) noexcept;
@@ -90,6 +90,10 @@ class LayerStore {
     std::vector<BlockPtr> blocks;  // grid index - first_
   };
 
+  void place(Reservation& reservation) noexcept;
+  void settle(const Grid& grid, std::size_t head, Reservation& reservation);
+  void write(const Grid& grid, std::size_t head, std::int64_t from, std::int64_t to, const float* k,
+             const float* v) noexcept;
   void replace(std::size_t head, const GridEntry& entry, std::size_t index, BlockPtr packed) noexcept;
 
   LayerShape shape_;

@@ -244,24 +244,20 @@ void SequenceCache::begin(std::int64_t tokens) {
   for (Grid& grid : s.grids) grid.extend(s.length + tokens);
 }
 
-void SequenceCache::append(std::size_t layer, const float* k, const float* v) {
+void SequenceCache::append(std::size_t layer, const float* k, const float* v, Executor& executor) {
   State& s = *state_;
   s.check_layer("append", layer);
   if (s.step.tokens == 0) throw Error(ErrorCode::kSequence, "append: layer " + text(layer) + ": no step is open");
   if (s.has_appended(layer)) {
     throw Error(ErrorCode::kSequence, "append: layer " + text(layer) + " has already appended in this step");
   }
-  LayerStore& store = s.layers[layer];
-  if (!s.step.reserved.empty()) {
-    LayerStep& taken = s.step.reserved[layer];
-    store.settle(s.grid(layer), taken.blocks);
-    store.place(taken.blocks);
-    if (!s.scores.empty()) {
-      s.scores[layer].demoted(s.length);
-      s.scores[layer].place(taken.scores);
-    }
+  LayerStep nothing;
+  LayerStep& taken = s.step.reserved.empty() ? nothing : s.step.reserved[layer];
+  s.layers[layer].append(s.grid(layer), taken.blocks, s.length, s.length + s.step.tokens, k, v, executor);
+  if (!s.step.reserved.empty() && !s.scores.empty()) {
+    s.scores[layer].demoted(s.length);
+    s.scores[layer].place(taken.scores);
   }
-  store.write(s.grid(layer), s.length, s.length + s.step.tokens, k, v);
   if (!s.scores.empty()) s.scores[layer].write(s.grid(layer), s.length, s.length + s.step.tokens, v);
   s.appended_in[layer] = s.step_number;
   s.step.appended += 1;
@@ -401,9 +397,9 @@ TierBytes SequenceCache::tier_bytes() const {
     }
   };
   for (const LayerStep& taken : state_->step.reserved) {
-    add(taken.blocks.packed);
+    for (const auto& packed : taken.blocks.packed) add(packed);
     add(taken.blocks.sinks);
-    add(taken.blocks.fresh);
+    for (const auto& fresh : taken.blocks.fresh) add(fresh);
     for (const Demotion& demotion : taken.blocks.demotions) add({demotion.block});
     for (const ScorePtr& record : taken.scores) total.score_bytes += record == nullptr ? 0 : ScoreRecord::kBytes;
   }

@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "core/arena.hpp"
+#include "core/executor.hpp"
 #include "kernels/block.hpp"
 #include "kv/importance.hpp"
 #include "kv/layer_store.hpp"
@@ -63,7 +64,7 @@ class SequenceCache {
   void enter(std::size_t layer, std::int64_t past, std::int64_t tokens);
   void begin(std::int64_t tokens);  // drops an open step, then begins one at length()
   // k, v: [tokens][kv_heads][head_dim] f32, keys already rotated by their position.
-  void append(std::size_t layer, const float* k, const float* v);
+  void append(std::size_t layer, const float* k, const float* v, Executor& executor);
   void commit();  // Error{kSequence} unless every layer has appended
   void rollback() noexcept;
 

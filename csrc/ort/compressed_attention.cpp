@@ -100,13 +100,15 @@ std::vector<kv::Lease> hold(const StepInputs& step) {
 
 // Begins or joins the step of every row before any of them is written, so that a budget that is too small changes nothing.
 void append(std::vector<kv::Lease>& leases, const StepInputs& step, const Attributes& attributes, const float* k,
-            const float* v) {
+            const float* v, Executor& executor) {
   const auto layer = static_cast<std::size_t>(attributes.layer);
   for (std::size_t row = 0; row < step.batch; ++row) {
     leases[row]->enter(layer, step.rows[row].past, static_cast<std::int64_t>(step.rows[row].tokens));
   }
   const std::size_t stride = step.sequence * step.kv_heads * step.d;
-  for (std::size_t row = 0; row < step.batch; ++row) leases[row]->append(layer, k + row * stride, v + row * stride);
+  for (std::size_t row = 0; row < step.batch; ++row) {
+    leases[row]->append(layer, k + row * stride, v + row * stride, executor);
+  }
 }
 
 // Memory for the attention mass of the rows whose cache asks for it: [kv_heads][visible tokens] each. Most steps want none.
@@ -213,7 +215,7 @@ void CompressedAttention::run(KernelContext* context) const {
   PoolExecutor executor(api_, context);
   executor.parallel_for(step.batch * prepare.tiles(), &Prepare<T>::tile, &prepare);
 
-  append(leases, step, attributes_, prepare.k, prepare.v);
+  append(leases, step, attributes_, prepare.k, prepare.v, executor);
   attend(leases, step, attributes_, prepare.q, out, executor);
   if constexpr (!kSame) store(out, q_floats, static_cast<T*>(output_data));
   scratch.trim();

@@ -10,7 +10,7 @@ class Attend:
     """
     Attention kernels of one ISA; csrc/kernels/attend.hpp fixes what they compute.
     """
-    def decode(self, q: numpy.typing.NDArray[numpy.float32], format: typing.SupportsInt | typing.SupportsIndex, blocks: list[tuple[numpy.typing.NDArray[numpy.uint8], int, int, int, int]], visible: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex], scale: typing.SupportsFloat | typing.SupportsIndex, softcap: typing.SupportsFloat | typing.SupportsIndex, o: numpy.typing.NDArray[numpy.float32], m: numpy.typing.NDArray[numpy.float32], l: numpy.typing.NDArray[numpy.float32], logits: numpy.typing.NDArray[numpy.float32] | None = None) -> None:
+    def decode(self, q: numpy.typing.NDArray[numpy.float32], format: typing.SupportsInt | typing.SupportsIndex, blocks: list[tuple[numpy.typing.NDArray[numpy.uint8], int, int, int, int]], visible: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex], scale: typing.SupportsFloat | typing.SupportsIndex, softcap: typing.SupportsFloat | typing.SupportsIndex, o: numpy.typing.NDArray[numpy.float32], m: numpy.typing.NDArray[numpy.float32], l: numpy.typing.NDArray[numpy.float32], logits: numpy.typing.NDArray[numpy.float32] | None = None, skip_below: typing.SupportsFloat | typing.SupportsIndex = 0.0) -> None:
         """
         One query token over blocks of one format; o, m and l are read and updated.
         """

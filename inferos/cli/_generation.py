@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
 from inferos.cli import _options, _output, _plan
+from inferos.cli._options import (
+    DebugOption,
+    DeviceOption,
+    DryRunOption,
+    JsonOption,
+    KvKOption,
+    KvOption,
+    KvQuantizationOption,
+    KvVOption,
+    MemoryLimitOption,
+    OptimizationOption,
+    ThreadsOption,
+)
 
 if TYPE_CHECKING:
     from inferos.runtime.generate import Generation
     from inferos.runtime.model import Model
 
-__all__ = [
-    "MaxTokensOption",
-    "MinPOption",
-    "PenaltyOption",
-    "Request",
-    "SeedOption",
-    "StopOption",
-    "TemperatureOption",
-    "TopKOption",
-    "TopPOption",
-    "figures",
-    "load_model",
-    "one_line",
-    "show_plan",
-    "stream",
-]
+__all__ = ["Answering", "Request", "figures", "load_model", "one_line", "show_plan", "stream"]
 
 MaxTokensOption = Annotated[
     int, typer.Option("--max-tokens", metavar="N", help="Tokens of an answer at most.", show_default=True)
@@ -53,6 +51,51 @@ StopOption = Annotated[
 
 
 @dataclass(frozen=True, slots=True)
+class Answering:
+    """The options of a command that lets a model write, in the order of its help."""
+
+    max_tokens: MaxTokensOption = 256
+    temperature: TemperatureOption = None
+    top_k: TopKOption = None
+    top_p: TopPOption = None
+    min_p: MinPOption = None
+    repetition_penalty: PenaltyOption = None
+    seed: SeedOption = None
+    stop: StopOption = None
+    kv: KvOption = None
+    kv_k: KvKOption = None
+    kv_v: KvVOption = None
+    kv_quantization: KvQuantizationOption = None
+    optimization: OptimizationOption = None
+    memory_limit: MemoryLimitOption = None
+    device: DeviceOption = "auto"
+    threads: ThreadsOption = 0
+    json_path: JsonOption = None
+    dry_run: DryRunOption = False
+    _debug: DebugOption = False
+
+    def request(self, model: str) -> Request:
+        """What is to be loaded. Raises ConfigError where an option does not fit."""
+        _options.check_range("--max-tokens", self.max_tokens, 1)
+        kv = _options.resolve_kv(self.kv, self.kv_k, self.kv_v, self.optimization, self.kv_quantization)
+        _options.check_device(self.device)
+        _options.check_range("--threads", self.threads, 0, _options.MOST_THREADS)
+        request = Request(model, kv, _options.budget_bytes(self.memory_limit), self.threads)
+        _output.check_json_path(self.json_path)
+        return request
+
+    def of_generate(self) -> dict[str, Any]:
+        """Arguments of `Model.generate`, and of `Model.chat`."""
+        names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+        return {**{name: getattr(self, name) for name in names}, "stop": self.stop or ()}
+
+    @property
+    def text_to(self) -> TextIO:
+        """Where the text goes: stdout, unless the JSON goes there."""
+        return sys.stderr if _output.is_stdout(self.json_path) else sys.stdout
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """A model and how its cache is kept, as asked for on the command line and checked."""
 
@@ -60,15 +103,6 @@ class Request:
     kv: _options.EffectiveKv
     budget_bytes: int
     threads: int
-
-    @classmethod
-    def checked(
-        cls, model: str, kv: _options.EffectiveKv, memory_limit: str | None, device: str, threads: int
-    ) -> Request:
-        """Raises ConfigError where an option does not fit."""
-        _options.check_device(device)
-        _options.check_range("--threads", threads, 0, _options.MOST_THREADS)
-        return cls(model, kv, _options.budget_bytes(memory_limit), threads)
 
     def notes(self) -> list[str]:
         """What differs from the request, and why."""
@@ -87,7 +121,7 @@ def load_model(request: Request) -> Model:
     return load(request.model, kv=request.kv.kv, budget_bytes=request.budget_bytes or None, threads=request.threads)
 
 
-def show_plan(request: Request, max_tokens: int, json_path: Path | None) -> None:
+def show_plan(request: Request, options: Answering) -> None:
     """`--dry-run`."""
     from inferos.runtime.layout import read_layout
     from inferos.runtime.model import resolve_model
@@ -97,10 +131,10 @@ def show_plan(request: Request, max_tokens: int, json_path: Path | None) -> None
         "kv_requested": request.kv.requested,
         "kv_reason": request.kv.reason or None,
         "memory_limit": request.budget_bytes or None,
-        "max_tokens": max_tokens,
+        "max_tokens": options.max_tokens,
         "threads": request.threads or None,
     }
-    _plan.show(_plan.describe(read_layout(resolve_model(request.model)), request.model, settings), json_path)
+    _plan.show(_plan.describe(read_layout(resolve_model(request.model)), request.model, settings), options.json_path)
 
 
 def stream(generation: Generation, to: TextIO) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -32,6 +36,7 @@ __all__ = [
     "formats_of_bits",
     "kv_list",
     "resolve_kv",
+    "with_fields",
 ]
 
 DEFAULT_KV = "int8"
@@ -81,6 +86,34 @@ JsonOption = Annotated[
     Path | None,
     typer.Option("--json", metavar="FILE", help="Write the numbers as JSON; - is stdout.", allow_dash=True),
 ]
+
+
+def with_fields(kind: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """For a command whose last parameter is `options`: each field of the dataclass `kind` is one of its options.
+
+    typer reads options from a function's signature; the command is shown one in which the fields stand.
+    """
+    hints = get_type_hints(kind, include_extras=True)
+    fields = [
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+        )
+        for field in dataclasses.fields(kind)
+    ]
+
+    def spread(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command, eval_str=True)
+
+        @functools.wraps(command)
+        def called(**values: Any) -> None:
+            options = kind(**{field.name: values.pop(field.name) for field in fields})
+            command(**values, options=options)
+
+        own = [parameter for name, parameter in signature.parameters.items() if name != "options"]
+        called.__signature__ = signature.replace(parameters=[*own, *fields])  # type: ignore[attr-defined]
+        return called
+
+    return spread
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,30 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from inferos.cli import _generation, _options, _output
-from inferos.cli._generation import (
-    MaxTokensOption,
-    MinPOption,
-    PenaltyOption,
-    SeedOption,
-    StopOption,
-    TemperatureOption,
-    TopKOption,
-    TopPOption,
-)
-from inferos.cli._options import (
-    DebugOption,
-    DeviceOption,
-    DryRunOption,
-    JsonOption,
-    KvKOption,
-    KvOption,
-    KvQuantizationOption,
-    KvVOption,
-    MemoryLimitOption,
-    ModelArgument,
-    OptimizationOption,
-    ThreadsOption,
-)
+from inferos.cli._options import ModelArgument
 from inferos.errors import ContextError
 
 if TYPE_CHECKING:
@@ -44,51 +21,21 @@ __all__ = ["chat"]
 _HELP = "/reset forgets what was said, /exit ends; Ctrl-C ends an answer."
 
 
+@_options.with_fields(_generation.Answering)
 def chat(
     model: ModelArgument,
     system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="The system message.")] = None,
-    max_tokens: MaxTokensOption = 256,
-    temperature: TemperatureOption = None,
-    top_k: TopKOption = None,
-    top_p: TopPOption = None,
-    min_p: MinPOption = None,
-    repetition_penalty: PenaltyOption = None,
-    seed: SeedOption = None,
-    stop: StopOption = None,
-    kv: KvOption = None,
-    kv_k: KvKOption = None,
-    kv_v: KvVOption = None,
-    kv_quantization: KvQuantizationOption = None,
-    optimization: OptimizationOption = None,
-    memory_limit: MemoryLimitOption = None,
-    device: DeviceOption = "auto",
-    threads: ThreadsOption = 0,
-    json_path: JsonOption = None,
-    dry_run: DryRunOption = False,
-    _debug: DebugOption = False,
+    *,
+    options: _generation.Answering,
 ) -> None:
     """Talk with a model, a line a turn; only what is new is computed."""
-    _options.check_range("--max-tokens", max_tokens, 1)
-    effective = _options.resolve_kv(kv, kv_k, kv_v, optimization, kv_quantization)
-    request = _generation.Request.checked(model, effective, memory_limit, device, threads)
-    _output.check_json_path(json_path)
-    if dry_run:
-        _generation.show_plan(request, max_tokens, json_path)
+    request = options.request(model)
+    if options.dry_run:
+        _generation.show_plan(request, options)
         return
-    to = sys.stderr if _output.is_stdout(json_path) else sys.stdout
     turns: list[dict[str, Any]] = []
     with _generation.load_model(request) as loaded:
-        conversation = loaded.chat(
-            system,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-            stop=stop or (),
-        )
+        conversation = loaded.chat(system, **options.of_generate())
         for line in _lines():
             if line == "/reset":
                 conversation.reset()
@@ -96,10 +43,12 @@ def chat(
             generation = _send(conversation, line)
             if generation is None:
                 continue
-            _generation.stream(generation, to)
+            _generation.stream(generation, options.text_to)
             turns.append({"user": line, "text": generation.text, **_generation.figures(generation)})
             typer.echo(_generation.one_line(turns[-1], loaded.kv), err=True)
-        _output.write_json(json_path, {"schema": "inferos.chat/1", "model": model, "kv": loaded.kv, "turns": turns})
+        _output.write_json(
+            options.json_path, {"schema": "inferos.chat/1", "model": model, "kv": loaded.kv, "turns": turns}
+        )
 
 
 def _send(conversation: Conversation, line: str) -> Generation | None:

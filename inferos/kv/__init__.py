@@ -2,5 +2,17 @@
 
 from inferos.kv import kernels
 from inferos.kv.cache import KV_FORMATS, Arena, ArenaStats, KVCache, KVStats, LayerSpec, library_path
+from inferos.kv.threads import get_num_threads, set_num_threads
 
-__all__ = ["Arena", "ArenaStats", "KVCache", "KVStats", "KV_FORMATS", "LayerSpec", "kernels", "library_path"]
+__all__ = [
+    "Arena",
+    "ArenaStats",
+    "KVCache",
+    "KVStats",
+    "KV_FORMATS",
+    "LayerSpec",
+    "get_num_threads",
+    "kernels",
+    "library_path",
+    "set_num_threads",
+]

@@ -1,16 +1,15 @@
 // Attention does not depend on how its tasks are run: the same bits in any order, on any number of threads, alone or in a batch,
 // for one query row or many. Prints one line per case; exit code 1 where a bit differs.
 
-#include <atomic>
 #include <cstdio>
 #include <cstring>
 #include <random>
-#include <thread>
 #include <vector>
 
 #include "attention/attention.hpp"
 #include "core/arena.hpp"
 #include "core/executor.hpp"
+#include "core/thread_pool.hpp"
 #include "kv/sequence_cache.hpp"
 
 namespace {
@@ -23,25 +22,6 @@ class Reversed final : public Executor {
     for (std::size_t i = count; i > 0; --i) fn(context, i - 1);
   }
   std::size_t concurrency() const noexcept override { return 1; }
-};
-
-class Threads final : public Executor {
- public:
-  explicit Threads(std::size_t threads) : threads_(threads) {}
-  void parallel_for(std::size_t count, void (*fn)(void*, std::size_t), void* context) override {
-    std::atomic<std::size_t> next{0};
-    std::vector<std::jthread> pool;
-    pool.reserve(threads_);
-    for (std::size_t t = 0; t < threads_; ++t) {
-      pool.emplace_back([&] {
-        for (std::size_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) fn(context, i);
-      });
-    }
-  }
-  std::size_t concurrency() const noexcept override { return threads_; }
-
- private:
-  std::size_t threads_;
 };
 
 struct Shape {
@@ -63,11 +43,12 @@ std::unique_ptr<kv::SequenceCache> filled(const Shape& shape, kernels::Format fo
   options.formats = {format};
   auto cache = std::make_unique<kv::SequenceCache>(options, std::make_shared<Arena>(0));
   std::mt19937 random(seed);
+  SerialExecutor serial;
   for (std::int64_t done = 0; done < tokens;) {
     const std::int64_t step = std::min<std::int64_t>(tokens - done, done % 3 == 0 ? 200 : 77);
     const std::size_t values = static_cast<std::size_t>(step) * shape.kv_heads * shape.d;
     cache->begin(step);
-    cache->append(0, normal(random, values).data(), normal(random, values).data());
+    cache->append(0, normal(random, values).data(), normal(random, values).data(), serial);
     cache->commit();
     done += step;
   }
@@ -101,7 +82,7 @@ void check(const Shape& shape, kernels::Format format) {
   std::mt19937 random(2);  // NOLINT(bugprone-random-generator-seed): the same numbers every time
   SerialExecutor serial;
   Reversed reversed;
-  Threads threads(4);
+  ThreadPool& threads = ThreadPool::process();
   const std::size_t width = shape.heads * shape.d;
   for (const std::size_t tokens : {std::size_t{1}, std::size_t{300}}) {
     const std::vector<float> q = normal(random, tokens * width);
@@ -132,6 +113,7 @@ void check(const Shape& shape, kernels::Format format) {
 }  // namespace
 
 int main() {
+  ThreadPool::process().resize(4);
   for (const Shape& shape : {Shape{8, 2, 64, -1}, Shape{3, 1, 80, -1}, Shape{4, 4, 16, 1000}}) {
     for (const auto format :
          {kernels::Format::kF16, kernels::Format::kInt8, kernels::Format::kK8V4, kernels::Format::kInt4}) {

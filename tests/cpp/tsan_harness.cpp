@@ -20,7 +20,7 @@
 #include <vector>
 
 #include "attention/attention.hpp"
-#include "core/executor.hpp"
+#include "core/thread_pool.hpp"
 #include "kv/registry.hpp"
 
 namespace {
@@ -122,6 +122,9 @@ class Harness {
       replace(random() % kSequences, copy);
     } else if (kind < 97) {
       replace(which, open(which));
+    } else if (kind < 98) {
+      ThreadPool::process().resize(static_cast<std::int64_t>(random() % 5 + 1));
+      once_each(random() % 40);
     } else if (kind < 99) {
       Handle old = handle;
       const Handle renewed = abandon(handle);
@@ -164,7 +167,7 @@ class Harness {
     const std::vector<float> k = rows(lease->length(), tokens, false);
     const std::vector<float> v = rows(lease->length(), tokens, true);
     for (std::size_t layer = 0; layer < 2; ++layer) {
-      lease->append(layer, k.data(), v.data());
+      lease->append(layer, k.data(), v.data(), ThreadPool::process());
       attend(lease, layer, tokens);
     }
     if (random() % 10 == 0) {
@@ -188,7 +191,7 @@ class Harness {
     for (std::size_t layer = 0; layer < 2; ++layer) {
       Lease lease(handle);
       lease->enter(layer, past, tokens);
-      lease->append(layer, k.data(), v.data());
+      lease->append(layer, k.data(), v.data(), ThreadPool::process());
       attend(lease, layer, tokens);
     }
   }
@@ -200,12 +203,26 @@ class Harness {
     const bool scored = lease->wants_mass(layer);
     std::vector<float> mass(scored ? kHeads * static_cast<std::size_t>(lease->visible_length(layer)) : 0);
     const attention::Row row{&*lease, q.data(), out.data(), count, scored ? mass.data() : nullptr};
-    SerialExecutor executor;
-    attention::run({&row, 1}, {layer, kHeads, 0.0F, 0.0F}, executor);
+    attention::run({&row, 1}, {layer, kHeads, 0.0F, 0.0F}, ThreadPool::process());
     // A mean of values within -2..2, a step of INT4 and its rotation aside.
     check(std::all_of(out.begin(), out.end(), [](float x) { return std::abs(x) <= 3.0F; }),
           "attention is out of range");
     if (scored) lease->fold_mass(layer, mass);
+  }
+
+  // Every task runs once and what it wrote is seen by the caller, whose own tasks may call again.
+  void once_each(std::size_t count) {
+    struct Task {
+      std::vector<int> runs;  // by outer task, two each
+      static void outer(void* context, std::size_t i) {
+        ThreadPool::process().parallel_for(2, &Task::inner, &static_cast<Task*>(context)->runs[2 * i]);
+      }
+      static void inner(void* context, std::size_t i) { static_cast<int*>(context)[i] += 1; }
+    };
+    Task task{std::vector<int>(2 * count)};
+    ThreadPool::process().parallel_for(count, &Task::outer, &task);
+    check(std::all_of(task.runs.begin(), task.runs.end(), [](int runs) { return runs == 1; }),
+          "tasks were not run once");
   }
 
   void inspect(Handle handle, std::mt19937_64& random) {

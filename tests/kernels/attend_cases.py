@@ -75,11 +75,12 @@ def decode(
     visible: tuple[int, int] = EVERYTHING,
     softcap: float = 0.0,
     logits: Floats | None = None,
+    skip_below: float = 0.0,
 ) -> State:
     """Runs the kernel on a copy of `state`."""
     new = State(state.o.copy(), state.m.copy(), state.l.copy())
     scale = float(1 / np.sqrt(q.shape[1]))
-    ATTEND[isa].decode(q, FORMATS.index(fmt), blocks, visible, scale, softcap, new.o, new.m, new.l, logits)
+    ATTEND[isa].decode(q, FORMATS.index(fmt), blocks, visible, scale, softcap, new.o, new.m, new.l, logits, skip_below)
     return new
 
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import accuracy_cases as accuracy
 import pytest
 
-FLAT_BOUND = {"int8": 0.012, "int4": 0.16}
+FLAT_BOUND = {"int8": 0.010, "int4": 0.16}
+ARITHMETIC_BOUND = 0.004  # of int8: the rest of the bound above is storage
 OUTLIER_BOUND = {"int8": 0.01, "int4": 0.12}
 
 
@@ -28,6 +29,16 @@ def test_flat_attention_keeps_its_bound(
     error = accuracy.flat_error(fmt, head_dim, ratio)
     record_property("error", error)
     assert error <= FLAT_BOUND[fmt]
+
+
+@pytest.mark.parametrize("ratio", accuracy.RATIOS)
+@pytest.mark.parametrize("head_dim", accuracy.HEAD_DIMS)
+def test_int8_arithmetic_keeps_its_bound(
+    head_dim: int, ratio: int, record_property: Callable[[str, object], None]
+) -> None:
+    error = accuracy.flat_error("int8", head_dim, ratio, arithmetic_only=True)
+    record_property("error", error)
+    assert error <= ARITHMETIC_BOUND
 
 
 @pytest.mark.parametrize("fmt", OUTLIER_BOUND)

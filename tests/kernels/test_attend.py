@@ -25,13 +25,15 @@ def test_decode_has_scalars_bits(isa: str, head_dim: int, fmt: str) -> None:
         spans = [SPANS[0], *(SPANS[i] for i in rng.integers(0, len(SPANS), 2))]
         blocks = [cases.random_block(rng, fmt, head_dim, TOKENS * i, *span) for i, span in enumerate(spans)]
         q = (rng.standard_normal((group, head_dim)) * rng.choice([0.0, 0.1, 1.0, 30.0])).astype(np.float32)
+        skip_below = float(rng.choice([0.0, 0.5]))
         found = []
         for name in (isa, "scalar"):
             logits = np.empty((len(blocks), group, TOKENS), np.float32)
             state = State.empty(group, head_dim)
-            state = cases.decode(name, fmt, q, blocks, state, visible=visible, softcap=softcap, logits=logits)
+            options = {"visible": visible, "softcap": softcap, "logits": logits, "skip_below": skip_below}
+            state = cases.decode(name, fmt, q, blocks, state, **options)
             found.append((state, logits))
-        what = f"{isa} {fmt} head_dim={head_dim} group={group} visible={visible} softcap={softcap} spans={spans}"
+        what = f"{isa} {fmt} {head_dim=} {group=} {visible=} {softcap=} {skip_below=} {spans=}"
         cases.assert_same_bits(found[0][1], found[1][1], f"logits of {what}")
         cases.assert_same_state(found[0][0], found[1][0], what)
         top = np.where(np.isfinite(state.m), state.m, np.float32(0))
@@ -126,6 +128,25 @@ def test_a_block_nobody_sees_changes_nothing(isa: str, fmt: str) -> None:
     after = cases.decode(isa, fmt, q, [block], before, visible=(0, 127), logits=logits)
     cases.assert_same_state(after, before, f"{isa} {fmt}")
     assert np.isneginf(logits).all()
+
+
+@pytest.mark.parametrize("isa", ATTEND)
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_values_that_weigh_too_little_are_not_read(isa: str, fmt: str) -> None:
+    # The second block's logits are 10 below the first's for the first head, 2 below for the second.
+    rng = np.random.default_rng(5)
+    k = np.zeros((2, TOKENS, 16), np.float32)
+    k[0, :, 0] = 1
+    v = rng.standard_normal((2, TOKENS, 16)).astype(np.float32)
+    blocks = [(kernels.pack_block(fmt, k[i], v[i]), TOKENS * i, 0, TOKENS, TOKENS) for i in (0, 1)]
+    q = np.zeros((2, 16), np.float32)
+    q[:, 0] = np.array([10, 2]) * np.sqrt(16)
+    first = cases.decode(isa, fmt, q, blocks[:1], State.empty(2, 16))
+    both = cases.decode(isa, fmt, q, blocks, State.empty(2, 16))
+    skipped = cases.decode(isa, fmt, q, blocks, State.empty(2, 16), skip_below=float(np.exp(-5)))
+    cases.assert_same_bits([skipped.m, skipped.l], [both.m, both.l], "m and l")
+    cases.assert_same_bits(skipped.o, np.stack([first.o[0], both.o[1]]), "o")
+    assert not np.array_equal(first.o[0], both.o[0])
 
 
 @pytest.mark.parametrize("isa", ATTEND)

@@ -149,10 +149,12 @@ print(psutil.Process().memory_info().rss - resident, stats.reserved_bytes, stats
 """
 
 
+@pytest.mark.resident
 def test_resident_memory_follows_the_accounting(tmp_path):
     assert_resident_memory_follows_the_accounting(4, 16384, tmp_path)
 
 
+@pytest.mark.resident
 @pytest.mark.slow
 def test_resident_memory_of_32_layers_at_32k_follows_the_accounting(tmp_path):
     assert_resident_memory_follows_the_accounting(32, 32768, tmp_path)

@@ -4,7 +4,7 @@
 // would saturate at 255 * 127 * 2. It is safe for nibbles (15 * 127 * 2 or 255 * 15 * 2), and several of its 16-bit sums fit
 // before they are widened. Both have latency 3 to 5 and issue two per cycle on Zen and on Intel since Skylake, as vfmadd does.
 // 8 tokens (or channels) x up to 4 heads are 8 accumulators; with codes and one broadcast they stay within 16 registers. Codes
-// are widened once per 4 heads. Lanes, chunks and prefetch are those of the AVX-512 file.
+// are widened once per 4 heads. Lanes, chunks and what is fetched ahead are those of the AVX-512 file.
 
 #include <immintrin.h>
 
@@ -18,10 +18,12 @@ namespace inferos::kernels::avx2 {
 namespace {
 
 constexpr std::size_t kT = kBlockTokens;
-constexpr std::size_t kChunk = 4;                               // query heads at a time
-constexpr std::size_t kPrefetchBytes = std::size_t{16} * 1024;  // measured best of 4..32 KiB
+constexpr std::size_t kChunk = 4;                           // query heads at a time
+constexpr std::size_t kAheadBytes = std::size_t{8} * 1024;  // as in the AVX-512 file
 
 struct Scratch {
+  const char* ahead;                                    // the next line to fetch, and the step to the one after it:
+  std::size_t ahead_step;                               // 0 but for the first chunk of a block's heads
   alignas(32) float s[kChunk][kT];                      // logits, then probabilities
   alignas(32) float w[kChunk][kMaxHeadDim];             // q * kscale
   alignas(32) std::int16_t wide[kChunk][kMaxHeadDim];   // W of K8
@@ -31,18 +33,22 @@ struct Scratch {
   float factor[kChunk];                                 // of the integer sum, and what is added to it: logits
   float bias[kChunk];
   float alpha[kChunk];
-  float unit[kChunk];          // b / 255
+  float unit[kChunk][4];       // b / 255: of V8 for each 16 tokens, of V4 the first
   float offset[kChunk];        // c
   std::int32_t start[kChunk];  // -8 * sum of P
+  bool counts[kChunk];         // whether a probability of the head reaches skip_below
 };
 
 struct Work {  // one block, one chunk of heads
   const DecodeTask& task;
   const BlockView& block;
   TokenRange range;
-  std::size_t head;      // first of the chunk
-  std::uintptr_t ahead;  // from a byte of this block to the same byte of the block to prefetch; 0 = none
+  std::size_t head;  // first of the chunk
 };
+
+void fetch(std::size_t lines, Scratch& x) noexcept {
+  for (std::size_t i = 0; i < lines; ++i, x.ahead += x.ahead_step) _mm_prefetch(x.ahead, _MM_HINT_T1);
+}
 
 __m256i broadcast4(const void* p) noexcept { return _mm256_broadcastd_epi32(_mm_loadu_si32(p)); }
 
@@ -110,7 +116,7 @@ void k8_logits(const Work& work, Scratch& x) noexcept {
     __m256i sum[G][2];
     for (std::size_t g = 0; g < G; ++g) sum[g][0] = sum[g][1] = _mm256_setzero_si256();
     for (std::size_t c = 0; c < d; c += 4, codes += 128) {
-      if (t % 16 == 0) prefetch(codes, work.ahead);
+      if (c % 8 == 0) fetch(1, x);
       const __m256i both = load_bytes(codes);
       const __m256i k0 = _mm256_cvtepu8_epi16(_mm256_castsi256_si128(both));
       const __m256i k1 = _mm256_cvtepu8_epi16(_mm256_extracti128_si256(both, 1));
@@ -138,7 +144,7 @@ void k4_logits(const Work& work, Scratch& x) noexcept {
       __m256i partial[G];  // 8 products of two: at most 8 * 15 * 127 * 2 = 30480
       for (std::size_t g = 0; g < G; ++g) partial[g] = _mm256_setzero_si256();
       for (const std::size_t stop = c + 32 < d ? c + 32 : d; c < stop; c += 8, codes += 128) {
-        if (t % 16 == 0) prefetch(codes, work.ahead);
+        if (c % 16 == 0) fetch(1, x);
         const __m256i both = load_bytes(codes);
         const __m256i first = _mm256_and_si256(both, low_nibbles);
         const __m256i second = _mm256_and_si256(_mm256_srli_epi16(both, 4), low_nibbles);
@@ -163,7 +169,7 @@ void f16_logits(const Work& work, Scratch& x) noexcept {
     __m256 sum[G][2];
     for (std::size_t g = 0; g < G; ++g) sum[g][0] = sum[g][1] = _mm256_setzero_ps();
     for (std::size_t c = 0; c < d; ++c, keys += 32) {
-      if (c % 2 == 0) prefetch(keys, work.ahead);
+      if (c % 2 == 0) fetch(1, x);
       const __m256 k0 = load_half(keys);
       const __m256 k1 = load_half(keys + 16);
       for (std::size_t g = 0; g < G; ++g) {
@@ -179,9 +185,26 @@ void f16_logits(const Work& work, Scratch& x) noexcept {
   }
 }
 
-// Probabilities times V's scales as weights; for nibbles also what their centre adds.
-template <bool kNibbles>
-void weigh(const std::byte* scales, std::size_t g, Scratch& x) noexcept {
+// Weights of 16 products r, and what the largest product of their scale is.
+__m256i weigh16(__m256 low, __m256 high, float largest) noexcept {
+  const __m256 up = _mm256_set1_ps(largest < kSmallestMaximum ? 0.0F : kWeightLevels / largest);
+  return pack16(_mm256_cvtps_epi32(_mm256_mul_ps(low, up)), _mm256_cvtps_epi32(_mm256_mul_ps(high, up)));
+}
+
+// Probabilities times V's scales as weights, for each 16 tokens by their own largest.
+void weigh8(const std::byte* scales, std::size_t g, Scratch& x) noexcept {
+  for (std::size_t i = 0; i < 4; ++i) {
+    const __m256 low = _mm256_mul_ps(_mm256_load_ps(x.s[g] + 16 * i), load_half(scales + 32 * i));
+    const __m256 high = _mm256_mul_ps(_mm256_load_ps(x.s[g] + 16 * i + 8), load_half(scales + 32 * i + 16));
+    const float b = largest8(_mm256_max_ps(low, high));
+    x.unit[g][i] = b / kWeightLevels;
+    _mm256_store_si256(reinterpret_cast<__m256i*>(x.p_wide[g] + 16 * i), weigh16(low, high, b));
+  }
+}
+
+// The same for nibbles, by the largest of all; and what their centre adds.
+void weigh4(const std::byte* scales, std::size_t g, Scratch& x) noexcept {
+  const __m256 eight = _mm256_set1_ps(static_cast<float>(kNibbleCentre));
   __m256 r[8];
   __m256 largest = _mm256_setzero_ps();
   __m256 bias[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
@@ -190,55 +213,51 @@ void weigh(const std::byte* scales, std::size_t g, Scratch& x) noexcept {
     const __m256 scale = load_half(scales + 16 * i);
     r[i] = _mm256_mul_ps(p, scale);
     largest = _mm256_max_ps(largest, r[i]);
-    if constexpr (kNibbles) {
-      const __m256 eight = _mm256_set1_ps(static_cast<float>(kNibbleCentre));
-      const __m256 centre = _mm256_fmadd_ps(scale, eight, load_half(scales + 2 * kT + 16 * i));
-      bias[i % 2] = _mm256_fmadd_ps(p, centre, bias[i % 2]);
-    }
+    const __m256 centre = _mm256_fmadd_ps(scale, eight, load_half(scales + 2 * kT + 16 * i));
+    bias[i % 2] = _mm256_fmadd_ps(p, centre, bias[i % 2]);
   }
   const float b = largest8(largest);
-  const __m256 up = _mm256_set1_ps(b < kSmallestMaximum ? 0.0F : kWeightLevels / b);
   __m256i total = _mm256_setzero_si256();
   for (std::size_t i = 0; i < 8; i += 2) {
-    const __m256i low = _mm256_cvtps_epi32(_mm256_mul_ps(r[i], up));
-    const __m256i high = _mm256_cvtps_epi32(_mm256_mul_ps(r[i + 1], up));
-    const __m256i weights = pack16(low, high);
-    if constexpr (kNibbles) {
-      total = _mm256_add_epi32(total, _mm256_add_epi32(low, high));
-      _mm_store_si128(reinterpret_cast<__m128i*>(x.p_narrow[g] + 8 * i), pack8<false>(weights));
-    } else {
-      _mm256_store_si256(reinterpret_cast<__m256i*>(x.p_wide[g] + 8 * i), weights);
-    }
+    const __m256i weights = weigh16(r[i], r[i + 1], b);
+    total = _mm256_add_epi32(total, _mm256_madd_epi16(weights, _mm256_set1_epi16(1)));
+    _mm_store_si128(reinterpret_cast<__m128i*>(x.p_narrow[g] + 8 * i), pack8<false>(weights));
   }
-  x.unit[g] = b / kWeightLevels;
-  if constexpr (kNibbles) {
-    x.offset[g] = reduce16(bias[0], bias[1]);
-    x.start[g] = -kNibbleCentre * sum8(total);
-  }
+  x.unit[g][0] = b / kWeightLevels;
+  x.offset[g] = reduce16(bias[0], bias[1]);
+  x.start[g] = -kNibbleCentre * sum8(total);
 }
 
 template <std::size_t G>
 void v8_channels(const Work& work, const std::byte* values, Scratch& x) noexcept {
   for (std::size_t channel = 0; channel < work.task.d; channel += 8) {
     const std::byte* codes = values + channel / 16 * 16 * kT + channel % 16 * 4;
-    __m256i sum[G][2];
-    for (std::size_t g = 0; g < G; ++g) sum[g][0] = sum[g][1] = _mm256_setzero_si256();
-    for (std::size_t t = 0; t < kT; t += 4, codes += 64) {
-      if (channel % 16 == 0) prefetch(codes, work.ahead);
-      const __m256i both = load_bytes(codes);
-      const __m256i v0 = _mm256_cvtepi8_epi16(_mm256_castsi256_si128(both));
-      const __m256i v1 = _mm256_cvtepi8_epi16(_mm256_extracti128_si256(both, 1));
+    __m256 o[G];
+    for (std::size_t g = 0; g < G; ++g) {
+      const float* old = work.task.o + (work.head + g) * work.task.d + channel;
+      o[g] = _mm256_mul_ps(_mm256_loadu_ps(old), _mm256_set1_ps(x.alpha[g]));
+    }
+    for (std::size_t i = 0; i < 4; ++i) {
+      __m256i sum[G][2];
+      for (std::size_t g = 0; g < G; ++g) sum[g][0] = sum[g][1] = _mm256_setzero_si256();
+      for (std::size_t t = 16 * i; t < 16 * (i + 1); t += 4, codes += 64) {
+        if (t % 8 == 0) fetch(1, x);
+        const __m256i both = load_bytes(codes);
+        const __m256i v0 = _mm256_cvtepi8_epi16(_mm256_castsi256_si128(both));
+        const __m256i v1 = _mm256_cvtepi8_epi16(_mm256_extracti128_si256(both, 1));
+        for (std::size_t g = 0; g < G; ++g) {
+          const __m256i p = broadcast8(x.p_wide[g] + t);
+          sum[g][0] = _mm256_add_epi32(sum[g][0], _mm256_madd_epi16(v0, p));
+          sum[g][1] = _mm256_add_epi32(sum[g][1], _mm256_madd_epi16(v1, p));
+        }
+      }
       for (std::size_t g = 0; g < G; ++g) {
-        const __m256i p = broadcast8(x.p_wide[g] + t);
-        sum[g][0] = _mm256_add_epi32(sum[g][0], _mm256_madd_epi16(v0, p));
-        sum[g][1] = _mm256_add_epi32(sum[g][1], _mm256_madd_epi16(v1, p));
+        const __m256 now = _mm256_cvtepi32_ps(add_pairs(sum[g][0], sum[g][1]));
+        o[g] = _mm256_fmadd_ps(now, _mm256_set1_ps(x.unit[g][i]), o[g]);
       }
     }
     for (std::size_t g = 0; g < G; ++g) {
-      float* o = work.task.o + (work.head + g) * work.task.d + channel;
-      const __m256 old = _mm256_mul_ps(_mm256_loadu_ps(o), _mm256_set1_ps(x.alpha[g]));
-      const __m256 now = _mm256_cvtepi32_ps(add_pairs(sum[g][0], sum[g][1]));
-      _mm256_storeu_ps(o, _mm256_fmadd_ps(now, _mm256_set1_ps(x.unit[g]), old));
+      if (x.counts[g]) _mm256_storeu_ps(work.task.o + (work.head + g) * work.task.d + channel, o[g]);
     }
   }
 }
@@ -255,7 +274,7 @@ void v4_channels(const Work& work, const std::byte* values, Scratch& x) noexcept
       __m256i partial[G];  // 4 products of two: at most 4 * 255 * 15 * 2 = 30600
       for (std::size_t g = 0; g < G; ++g) partial[g] = _mm256_setzero_si256();
       for (const std::size_t stop = t + 16; t < stop; t += 8, codes += 64) {
-        if (channel % 16 == 0) prefetch(codes, work.ahead);
+        if (t % 16 == 0) fetch(1, x);
         const __m256i both = load_bytes(codes);
         const __m256i first = _mm256_and_si256(both, low_nibbles);
         const __m256i second = _mm256_and_si256(_mm256_srli_epi16(both, 4), low_nibbles);
@@ -267,9 +286,10 @@ void v4_channels(const Work& work, const std::byte* values, Scratch& x) noexcept
       for (std::size_t g = 0; g < G; ++g) sum[g] = _mm256_add_epi32(sum[g], _mm256_madd_epi16(partial[g], ones));
     }
     for (std::size_t g = 0; g < G; ++g) {
+      if (!x.counts[g]) continue;
       float* o = work.task.o + (work.head + g) * work.task.d + channel;
       const __m256 old = _mm256_mul_ps(_mm256_loadu_ps(o), _mm256_set1_ps(x.alpha[g]));
-      const __m256 now = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[g]), _mm256_set1_ps(x.unit[g]), old);
+      const __m256 now = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[g]), _mm256_set1_ps(x.unit[g][0]), old);
       _mm256_storeu_ps(o, _mm256_add_ps(now, _mm256_set1_ps(x.offset[g])));
     }
   }
@@ -288,7 +308,7 @@ void f16_channels(const Work& work, const std::byte* values, Scratch& x) noexcep
     }
     for (std::size_t t = work.range.lo; t < work.range.hi; ++t) {
       const std::byte* at = values + 2 * (t * d + channel);
-      if (channel % 32 == 0) prefetch(at, work.ahead);
+      if (t % 2 == 0) fetch(1, x);
       const __m256 v0 = load_half(at);
       const __m256 v1 = load_half(at + 16);
       for (std::size_t g = 0; g < G; ++g) {
@@ -298,6 +318,7 @@ void f16_channels(const Work& work, const std::byte* values, Scratch& x) noexcep
       }
     }
     for (std::size_t g = 0; g < G; ++g) {
+      if (!x.counts[g]) continue;
       _mm256_storeu_ps(o + g * d, sum[g][0]);
       _mm256_storeu_ps(o + g * d + 8, sum[g][1]);
     }
@@ -318,14 +339,22 @@ void run_chunk(const Work& work, float* logits, Scratch& x) noexcept {
     else
       k8_logits<G>(work, x);
   }
+  if (task.format != Format::kF16) fetch(task.d / 16 + (task.format == Format::kInt8 ? 2 : 4), x);  // scales and minima
+  bool any = false;
   for (std::size_t g = 0; g < G; ++g) {
     const std::size_t head = work.head + g;
-    x.alpha[g] = softmax_step(x.s[g], work.range, task.softcap, logits == nullptr ? nullptr : logits + head * kT,
-                              task.m[head], task.l[head]);
+    float* const own = logits == nullptr ? nullptr : logits + head * kT;
+    const Step step = softmax_step(x.s[g], work.range, task.softcap, own, task.m[head], task.l[head]);
+    x.alpha[g] = step.alpha;
+    x.counts[g] = !(step.largest < task.skip_below);
+    any = any || x.counts[g];
+  }
+  if (!any) return;
+  for (std::size_t g = 0; g < G; ++g) {
     if (task.format == Format::kInt8)
-      weigh<false>(record + layout.v_scales, g, x);
+      weigh8(record + layout.v_scales, g, x);
     else if (task.format != Format::kF16)
-      weigh<true>(record + layout.v_scales, g, x);
+      weigh4(record + layout.v_scales, g, x);
   }
   switch (task.format) {
     case Format::kF16: return f16_channels<G>(work, record + std::size_t{work.block.capacity} * task.d * 2, x);
@@ -347,7 +376,7 @@ void run_block(Work work, float* logits, Scratch& x) noexcept {
       default: run_chunk<4>(work, logits, x); break;
     }
     work.head += heads;
-    work.ahead = 0;
+    x.ahead_step = 0;
     --chunks;
   }
 }
@@ -357,7 +386,7 @@ void run_block(Work work, float* logits, Scratch& x) noexcept {
 void attend_decode(const DecodeTask& task) noexcept {
   Scratch scratch;
   const std::size_t record = block_bytes(task.format, task.d);
-  const std::size_t depth = (kPrefetchBytes + record - 1) / record;
+  const std::size_t depth = (kAheadBytes + record - 1) / record;
   for (std::size_t i = 0; i < task.count; ++i) {
     const BlockView& block = task.blocks[i];
     const TokenRange range = visible_tokens(block.start, block.begin, block.end, task.visible);
@@ -366,9 +395,9 @@ void attend_decode(const DecodeTask& task) noexcept {
       for (std::size_t s = 0; logits != nullptr && s < task.group * kT; ++s) logits[s] = kMinusInfinity;
       continue;
     }
-    const BlockView& later = task.blocks[i + depth < task.count ? i + depth : i];
-    const auto ahead = reinterpret_cast<std::uintptr_t>(later.data) - reinterpret_cast<std::uintptr_t>(block.data);
-    run_block({task, block, range, 0, ahead}, logits, scratch);
+    scratch.ahead = reinterpret_cast<const char*>(block_ahead(task, i + depth, record));
+    scratch.ahead_step = 64;
+    run_block({task, block, range, 0}, logits, scratch);
   }
 }
 

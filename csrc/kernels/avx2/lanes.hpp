@@ -20,11 +20,6 @@ static inline __m256i load_bytes(const std::byte* p) noexcept {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }
 
-static inline void prefetch(const void* p, std::uintptr_t ahead) noexcept {
-  const std::uintptr_t address = reinterpret_cast<std::uintptr_t>(p) + ahead;
-  _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T1);  // NOLINT(performance-no-int-to-ptr): never read
-}
-
 static inline __m256 absolute(__m256 x) noexcept { return _mm256_andnot_ps(_mm256_set1_ps(-0.0F), x); }
 
 static inline float reduce16(__m256 low, __m256 high) noexcept {
@@ -84,10 +79,14 @@ static inline __m256 lanes_of(TokenRange range, std::size_t vector) noexcept {
   return _mm256_castsi256_ps(_mm256_andnot_si256(below_lo, below_hi));
 }
 
-// One block's step of the online softmax: 64 logits in place -> 64 probabilities; m and l updated. Returns alpha.
+struct Step {
+  float alpha;
+  float largest;  // probability of the block
+};
+
+// One block's step of the online softmax: 64 logits in place -> 64 probabilities; m and l updated.
 // Where nothing was ever seen (the new maximum is -inf) alpha and p come out as 0, which leaves the zeros of l and o as they are.
-static inline float softmax_step(float* s, TokenRange range, float softcap, float* logits, float& m,
-                                 float& l) noexcept {
+static inline Step softmax_step(float* s, TokenRange range, float softcap, float* logits, float& m, float& l) noexcept {
   const __m256 nothing = _mm256_set1_ps(kMinusInfinity);
   __m256 largest = nothing;
   __m256 x[8];
@@ -107,10 +106,11 @@ static inline float softmax_step(float* s, TokenRange range, float softcap, floa
     sum[i % 2] = _mm256_add_ps(sum[i % 2], p);
   }
   const float alpha = exp_nonpositive(m - base);
+  const float probability = exp_nonpositive(block - base);
   const __m128 total = _mm_set_ss(reduce16(sum[0], sum[1]));
   l = _mm_cvtss_f32(_mm_fmadd_ss(_mm_set_ss(l), _mm_set_ss(alpha), total));
   m = top;
-  return alpha;
+  return {alpha, probability};
 }
 
 }  // namespace inferos::kernels::avx2

@@ -29,11 +29,6 @@ static inline __m512i dot4(__m512i sum, __m512i u8, __m512i s8) noexcept {
 #endif
 }
 
-static inline void prefetch(const void* p, std::uintptr_t ahead) noexcept {
-  const std::uintptr_t address = reinterpret_cast<std::uintptr_t>(p) + ahead;
-  _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T1);  // NOLINT(performance-no-int-to-ptr): never read
-}
-
 namespace {  // a member function cannot be kept out of the symbol table by static
 
 struct Sum {
@@ -103,10 +98,10 @@ static inline __mmask16 lanes_of(TokenRange range, std::size_t vector) noexcept 
 
 // One block's step of the online softmax for N <= 4 heads or rows: 64 logits each in place -> 64 probabilities; m[N] and l[N]
 // updated, alpha[N] written. A row that sees nothing keeps m and l; where it never saw anything (the new maximum is -inf)
-// alpha and p come out as 0, which leaves the zeros of l and o as they are.
+// alpha and p come out as 0, which leaves the zeros of l and o as they are. Returns the largest probability of each row.
 template <std::size_t N>
-static inline void softmax_step(float (*s)[kBlockTokens], const TokenRange* range, float softcap, float* logits,
-                                float* m, float* l, float* alpha) noexcept {
+static inline __m128 softmax_step(float (*s)[kBlockTokens], const TokenRange* range, float softcap, float* logits,
+                                  float* m, float* l, float* alpha) noexcept {
   constexpr __mmask8 kUsed = (1U << N) - 1;
   const __m512 nothing = _mm512_set1_ps(kMinusInfinity);
   __m512 largest[N];
@@ -120,7 +115,8 @@ static inline void softmax_step(float (*s)[kBlockTokens], const TokenRange* rang
     largest[g] = _mm512_max_ps(_mm512_max_ps(x[0], x[1]), _mm512_max_ps(x[2], x[3]));
   }
   const __m128 old = _mm_maskz_loadu_ps(kUsed, m);
-  const __m128 top = _mm_add_ps(_mm_max_ps(across<Largest>(largest), old), _mm_setzero_ps());
+  const __m128 own = across<Largest>(largest);
+  const __m128 top = _mm_add_ps(_mm_max_ps(own, old), _mm_setzero_ps());
   const __m128 base = _mm_andnot_ps(_mm_cmpeq_ps(top, _mm_set1_ps(kMinusInfinity)), top);
   alignas(16) float subtract[4];
   _mm_store_ps(subtract, base);
@@ -133,10 +129,13 @@ static inline void softmax_step(float (*s)[kBlockTokens], const TokenRange* rang
       sum[g] = _mm512_add_ps(sum[g], p);
     }
   }
-  const __m128 shrink = _mm512_castps512_ps128(exp_nonpositive(_mm512_zextps128_ps512(_mm_sub_ps(old, base))));
+  const __m256 below = _mm256_set_m128(_mm_sub_ps(own, base), _mm_sub_ps(old, base));
+  const __m512 factors = exp_nonpositive(_mm512_zextps256_ps512(below));
+  const __m128 shrink = _mm512_castps512_ps128(factors);
   _mm_mask_storeu_ps(alpha, kUsed, shrink);
   _mm_mask_storeu_ps(l, kUsed, _mm_fmadd_ps(_mm_maskz_loadu_ps(kUsed, l), shrink, across<Sum>(sum)));
   _mm_mask_storeu_ps(m, kUsed, top);
+  return _mm512_extractf32x4_ps(factors, 1);
 }
 
 }  // namespace inferos::kernels::avx512vnni

@@ -64,33 +64,51 @@ void f16_values(const DecodeTask& task, const BlockView& block, const float (&p)
   }
 }
 
-void packed_values(const DecodeTask& task, const BlockView& block, const float (&p)[kT], float alpha,
-                   float* o) noexcept {
-  const bool wide = task.format == Format::kInt8;
+// Weights of tokens [first, first + count), and what one of them is worth.
+float weigh(const float (&r)[kT], std::size_t first, std::size_t count, std::int32_t (&weights)[kT]) noexcept {
+  float b = 0.0F;
+  for (std::size_t t = first; t < first + count; ++t) b = r[t] > b ? r[t] : b;
+  for (std::size_t t = first; t < first + count; ++t) {
+    weights[t] = b < kSmallestMaximum ? 0 : to_code(r[t] * (kWeightLevels / b), kWeightLevels);
+  }
+  return b / kWeightLevels;
+}
+
+void v8_values(const DecodeTask& task, const BlockView& block, const float (&p)[kT], float alpha, float* o) noexcept {
+  const BlockLayout layout = packed_layout(task.format, task.d);
+  const std::byte* codes = block.data + layout.v_codes;
+  float r[kT];
+  for (std::size_t t = 0; t < kT; ++t) r[t] = p[t] * half_at(block.data + layout.v_scales, t);
+  for (std::size_t c = 0; c < task.d; ++c) o[c] *= alpha;
+  std::int32_t weights[kT];
+  for (std::size_t first = 0; first < kT; first += kLanes) {
+    const float unit = weigh(r, first, kLanes, weights);
+    for (std::size_t c = 0; c < task.d; ++c) {
+      std::int32_t sum = 0;
+      for (std::size_t t = first; t < first + kLanes; ++t) sum += weights[t] * v_code(codes, true, t, c);
+      o[c] = std::fma(static_cast<float>(sum), unit, o[c]);
+    }
+  }
+}
+
+void v4_values(const DecodeTask& task, const BlockView& block, const float (&p)[kT], float alpha, float* o) noexcept {
   const BlockLayout layout = packed_layout(task.format, task.d);
   const std::byte* codes = block.data + layout.v_codes;
   const std::byte* scales = block.data + layout.v_scales;
   float r[kT];
   float lanes[kLanes] = {};
-  float b = 0.0F;
   for (std::size_t t = 0; t < kT; ++t) {
     r[t] = p[t] * half_at(scales, t);
-    b = r[t] > b ? r[t] : b;
-    if (wide) continue;
     const float centre = std::fma(half_at(scales, t), static_cast<float>(kNibbleCentre), half_at(scales, kT + t));
     lanes[t % kLanes] = std::fma(p[t], centre, lanes[t % kLanes]);
   }
   std::int32_t weights[kT];
-  for (std::size_t t = 0; t < kT; ++t) {
-    weights[t] = b < kSmallestMaximum ? 0 : to_code(r[t] * (kWeightLevels / b), kWeightLevels);
-  }
+  const float unit = weigh(r, 0, kT, weights);
   const float bias = reduce16(lanes);
-  const std::int32_t centre = wide ? 0 : kNibbleCentre;
   for (std::size_t c = 0; c < task.d; ++c) {
     std::int32_t sum = 0;
-    for (std::size_t t = 0; t < kT; ++t) sum += weights[t] * (v_code(codes, wide, t, c) - centre);
-    o[c] = std::fma(static_cast<float>(sum), b / kWeightLevels, o[c] * alpha);
-    if (!wide) o[c] += bias;
+    for (std::size_t t = 0; t < kT; ++t) sum += weights[t] * (v_code(codes, false, t, c) - kNibbleCentre);
+    o[c] = std::fma(static_cast<float>(sum), unit, o[c] * alpha) + bias;
   }
 }
 
@@ -110,11 +128,14 @@ void decode_block(const DecodeTask& task, const BlockView& block, std::size_t g,
 
   float p[kT];
   const float alpha = softmax_step(s, p, task.m[g], task.l[g]);
+  if (largest_of(s, task.m[g]) < task.skip_below) return;
   float* o = task.o + g * task.d;
   if (f16)
     f16_values(task, block, p, range, alpha, o);
+  else if (task.format == Format::kInt8)
+    v8_values(task, block, p, alpha, o);
   else
-    packed_values(task, block, p, alpha, o);
+    v4_values(task, block, p, alpha, o);
 }
 
 }  // namespace

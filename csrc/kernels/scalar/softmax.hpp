@@ -44,4 +44,11 @@ inline float softmax_step(const float (&s)[kBlockTokens], float (&p)[kBlockToken
   return alpha;
 }
 
+// The largest probability of a step that left the maximum at `top`.
+inline float largest_of(const float (&s)[kBlockTokens], float top) noexcept {
+  float largest = kMinusInfinity;
+  for (const float x : s) largest = x > largest ? x : largest;
+  return exp_nonpositive(largest - (top == kMinusInfinity ? 0.0F : top));
+}
+
 }  // namespace inferos::kernels::scalar
