@@ -5,30 +5,19 @@
 // 6 rows x 4 vectors (64 tokens for q k, 64 channels for p v) are 24 accumulators: latency 4 at two a cycle (Zen 5; one a cycle
 // on Zen 4) needs 8, and with 4 vectors of the tile and one broadcast 29 of the 32 registers are used. Per step 4 loads and 6
 // broadcasts feed 24 products, so the two load ports keep up. Both tiles are read along a row of 64 lanes, one line after the other: no
-// horizontal sums. 93 % of the FMA peak on Zen 5.
+// horizontal sums. About 0.94 of the FMA peak on Zen 5.
 
 #include <immintrin.h>
 
 #include <cstddef>
 #include <cstdint>
-#include <limits>
 
 #include "kernels/attend_isa.hpp"
 #include "kernels/avx512vnni/lanes.hpp"
+#include "kernels/prefill_band.hpp"
 
 namespace inferos::kernels::avx512vnni {
 namespace {
-
-constexpr std::size_t kT = kBlockTokens;
-constexpr std::size_t kRows = 6;           // of a register block
-constexpr std::size_t kBand = 16 * kRows;  // rows whose logits are kept: 24 KiB
-
-// Loops over registers are unrolled by force: else g++ 12 keeps their arrays in memory around the loop that uses them.
-#if defined(__GNUC__) && !defined(__clang__)
-#define INFEROS_UNROLL _Pragma("GCC unroll 8")
-#else
-#define INFEROS_UNROLL
-#endif
 
 struct Scales {  // fp16 -> f32, once per block
   alignas(64) float scale[kMaxHeadDim];
@@ -78,7 +67,7 @@ void expand_f16(const BlockView& block, std::size_t d, TokenRange range, float* 
     }
     if (nan == 0) continue;
     for (std::size_t i = t * d; i < (t + 1) * d; i += 16) _mm512_storeu_ps(v + i, _mm512_setzero_ps());
-    k[t] = std::numeric_limits<float>::quiet_NaN();
+    k[t] = kNotANumber;
   }
 }
 
@@ -178,43 +167,6 @@ inline void multiply(const float* a, std::size_t a_stride, const float* b, std::
     }
   }
 }
-
-// Rows of the tile from `first` on, and what each sees of it: every one `all` of its tokens, or its own range.
-struct Band {
-  const PrefillTile& tile;
-  std::size_t first;
-  std::size_t rows;
-  bool whole;
-  TokenRange all;
-  TokenRange range[kBand];  // unless whole
-  alignas(64) float alpha[kBand];
-  alignas(64) float s[kBand][kT];  // logits, then probabilities
-
-  Band(const PrefillTile& of, std::size_t begin, std::size_t count) noexcept : tile(of), first(begin), rows(count) {
-    all = {of.begin, of.end};
-    const std::int32_t from = of.start + of.begin;
-    const std::int32_t to = of.start + of.end - 1;
-    whole = of.begin < of.end;
-    for (std::size_t r = 0; r < rows; ++r)
-      whole &= of.visible[first + r].first <= from && of.visible[first + r].last >= to;
-    if (whole) return;
-    for (std::size_t r = 0; r < rows; ++r) range[r] = visible_tokens(of.start, of.begin, of.end, of.visible[first + r]);
-  }
-
-  TokenRange seen(std::size_t row) const noexcept { return whole ? all : range[row]; }
-
-  // Tokens that rows `row`.. of a register block see, from the first to the last of any.
-  TokenRange seen_by(std::size_t row, std::size_t count) const noexcept {
-    if (whole) return all;
-    TokenRange any{kT, 0};
-    for (std::size_t r = row; r < row + count; ++r) {
-      if (range[r].lo >= range[r].hi) continue;
-      any.lo = range[r].lo < any.lo ? range[r].lo : any.lo;
-      any.hi = range[r].hi > any.hi ? range[r].hi : any.hi;
-    }
-    return any;
-  }
-};
 
 // Logits of R rows for 16 V tokens.
 template <std::size_t R, std::size_t V>

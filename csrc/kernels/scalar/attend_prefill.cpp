@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <limits>
 
 #include "kernels/attend_isa.hpp"
 #include "kernels/scalar/packed.hpp"
@@ -24,7 +23,7 @@ void expand_f16_token(const BlockView& block, std::size_t d, std::size_t t, floa
   }
   if (std::none_of(v + t * d, v + (t + 1) * d, [](float x) { return std::isnan(x); })) return;
   std::fill_n(v + t * d, d, 0.0F);
-  k_tile(k, t, 0) = std::numeric_limits<float>::quiet_NaN();
+  k_tile(k, t, 0) = kNotANumber;
 }
 
 void expand_packed_token(Format format, const BlockView& block, std::size_t d, std::size_t t, float* k,
