@@ -27,8 +27,9 @@ struct Params {
   float softcap;      // 0 = none
 };
 
-// Decode work is split over (row x kv head x context span), prefill over (row x kv head x query tile); spans are merged by
-// log-sum-exp in ascending order. The split depends on shapes only, never on the number of threads, so results do not either.
+// Decode work is split over (row x kv head x context span), by shapes only, and spans are merged by log-sum-exp in ascending order.
+// Prefill work is split over (row x kv head x query tile), and a query yields the same in any tile. So no result depends on the
+// number of threads.
 // A query that sees no token yields zeros. Throws Error{kShape}.
 void run(std::span<const Row> rows, const Params& params, Executor& executor);
 

@@ -15,11 +15,28 @@ namespace {
 using kernels::BlockView;
 using kernels::kBlockTokens;
 
-// Query rows of a tile: enough that a block's expansion is small beside its products, few enough for the L2 cache.
-constexpr std::size_t kTileRows = 256;
+// Floats of a tile's queries: enough rows that a block's expansion is small beside its products, few enough for the L2 cache.
+constexpr std::size_t kTileFloats = std::size_t{1} << 16;
+// Rows of a tile at least, where that gives every thread three tiles to even out their lengths, and where it gives it one.
+constexpr std::size_t kEvenRows = 64;
+constexpr std::size_t kFewestRows = 16;
 
-std::size_t tile_tokens(const Shape& shape) noexcept {
-  return std::clamp<std::size_t>(kTileRows / shape.group, 16, 128);
+// Query tokens of a tile. What a query yields does not depend on the tile it is in, so the number of threads may decide.
+std::size_t tile_tokens(std::span<const RowPlan> rows, const Shape& shape, std::size_t threads) noexcept {
+  const auto tiles = [&](std::size_t tokens) {
+    std::size_t sum = 0;
+    for (const RowPlan& row : rows) sum += (row.tokens + tokens - 1) / tokens * shape.kv_heads;
+    return sum;
+  };
+  std::size_t tokens = std::clamp<std::size_t>(kTileFloats / (shape.group * shape.d), 1, 1024);
+  const auto shrink = [&](std::size_t wanted, std::size_t least_rows) {
+    while (tiles(tokens) < wanted && tokens / 2 * shape.group >= least_rows) tokens /= 2;
+  };
+  if (threads > 1) {
+    shrink(3 * threads, kEvenRows);
+    shrink(threads, kFewestRows);
+  }
+  return tokens;
 }
 
 struct Tile {
@@ -126,7 +143,7 @@ struct Call {
 
 void prefill_rows(std::span<const RowPlan> rows, const Shape& shape, Executor& executor) {
   Call call{shape, {}};
-  const std::size_t tokens = tile_tokens(shape);
+  const std::size_t tokens = tile_tokens(rows, shape, executor.concurrency());
   for (const RowPlan& row : rows) {
     // The last tiles see the most context: first, so that no thread starts the longest one at the end.
     for (std::size_t last = row.tokens; last > 0;) {

@@ -106,7 +106,7 @@ void decode(const Attend& kernel, const Floats& q, int format, const std::vector
 std::pair<Floats, Floats> expand(const Attend& kernel, int format, const BlockTuple& block, std::size_t d) {
   if (!kernels::valid_head_dim(d)) refuse("head_dim: " + std::to_string(d) + " is not a multiple of 16 within 16..256");
   const BlockView seen = view(checked_format(format), block, d);
-  Floats k({kBlockTokens / 16, d, std::size_t{16}});
+  Floats k({d, kBlockTokens});
   Floats v({kBlockTokens, d});
   float* const k_data = k.mutable_data();
   float* const v_data = v.mutable_data();
@@ -121,7 +121,7 @@ void prefill(const Attend& kernel, const Floats& q, const Floats& k, const Float
              int end, const Ranges& visible, float scale, float softcap, Floats& o, Floats& m, Floats& l) {
   const std::size_t rows = rows_of(q, "q");
   const auto d = static_cast<std::size_t>(q.shape(1));
-  expect(k, "k", {kBlockTokens / 16, d, 16});
+  expect(k, "k", {d, kBlockTokens});
   expect(v, "v", {kBlockTokens, d});
   expect(visible, "visible", {rows, 2});
   expect(o, "o", {rows, d});
@@ -174,7 +174,7 @@ void add_attend(py::module_& m) {
            py::arg("l").noconvert(), py::arg("logits").noconvert() = py::none(), py::arg("skip_below") = 0.0F,
            "One query token over blocks of one format; o, m and l are read and updated.")
       .def("expand", &expand, py::arg("format"), py::arg("block").noconvert(), py::arg("head_dim"),
-           "One block as f32 tiles: k (4, head_dim, 16), v (64, head_dim).")
+           "One block as f32 tiles: k (head_dim, 64), v (64, head_dim).")
       .def("prefill", &prefill, py::arg("q").noconvert(), py::arg("k").noconvert(), py::arg("v").noconvert(),
            py::arg("start"), py::arg("begin"), py::arg("end"), py::arg("visible").noconvert(), py::arg("scale"),
            py::arg("softcap"), py::arg("o").noconvert(), py::arg("m").noconvert(), py::arg("l").noconvert(),

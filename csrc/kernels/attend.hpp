@@ -77,7 +77,7 @@ struct PrefillTile {
   std::size_t d;
   float scale;
   float softcap;
-  const float* k;            // [64/16][D][16] f32
+  const float* k;            // [D][64] f32
   const float* v;            // [64][D] f32
   std::int32_t start;        // position of the tile's token 0
   std::uint16_t begin, end;  // valid tokens of the tile
@@ -92,9 +92,11 @@ struct Attend {
   void (*decode)(const DecodeTask& task) noexcept;
   // Expands one block into the tiles of PrefillTile: minimum + scale * code as one fma (V8: scale * code). Tokens outside
   // [begin, end) become 0. V stays in the block's own domain (rotated for K8V4 and INT4).
+  // A token with a NaN in V gets zeros for V and a NaN in channel 0 of K: who sees it gets NaN, and nobody else can.
   void (*expand)(Format format, const BlockView& block, std::size_t d, float* k, float* v) noexcept;
   // s = scale * (q . k) by fma over d ascending; then softcap, mask, m, alpha, p, l as in decode; o by fma over
-  // t = begin..end-1 ascending from o * alpha, with p = 0 for tokens the row does not see.
+  // t = lo..hi-1 ascending from o * alpha + 0. (Never -0: so a product with p = 0 changes no bit, and an ISA may take the
+  // tokens that any of several rows sees for all of them.)
   void (*prefill)(const PrefillTile& tile) noexcept;
   // Attention mass of a block: sum[t] = weight[g] * exp(logits[g][t] - top[g]) by fma over g ascending, from 0.
   // logits [group][64] as decode left them, top and weight [group], sum [64]; no logit above its head's top.

@@ -17,6 +17,7 @@ inline constexpr float kNarrowLevels = 127.0F;
 inline constexpr float kWeightLevels = 255.0F;
 inline constexpr std::int32_t kNibbleCentre = 8;
 inline constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+inline constexpr float kNotANumber = std::numeric_limits<float>::quiet_NaN();
 
 struct TokenRange {  // tokens [lo, hi) of a block; empty where hi <= lo
   std::size_t lo;

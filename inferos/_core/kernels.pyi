@@ -16,7 +16,7 @@ class Attend:
         """
     def expand(self, format: typing.SupportsInt | typing.SupportsIndex, block: tuple[numpy.typing.NDArray[numpy.uint8], int, int, int, int], head_dim: typing.SupportsInt | typing.SupportsIndex) -> tuple[numpy.typing.NDArray[numpy.float32], numpy.typing.NDArray[numpy.float32]]:
         """
-        One block as f32 tiles: k (4, head_dim, 16), v (64, head_dim).
+        One block as f32 tiles: k (head_dim, 64), v (64, head_dim).
         """
     def mass(self, logits: numpy.typing.NDArray[numpy.float32], top: numpy.typing.NDArray[numpy.float32], weight: numpy.typing.NDArray[numpy.float32]) -> numpy.typing.NDArray[numpy.float32]:
         """

@@ -1,6 +1,7 @@
 // Attention does not depend on how its tasks are run: the same bits in any order, on any number of threads, alone or in a batch,
 // for one query row or many. Prints one line per case; exit code 1 where a bit differs.
 
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <random>
@@ -22,6 +23,22 @@ class Reversed final : public Executor {
     for (std::size_t i = count; i > 0; --i) fn(context, i - 1);
   }
   std::size_t concurrency() const noexcept override { return 1; }
+};
+
+// As if on many threads, in this one.
+class Counting final : public Executor {
+ public:
+  explicit Counting(std::size_t threads) : threads_(threads) {}
+  void parallel_for(std::size_t count, void (*fn)(void*, std::size_t), void* context) override {
+    most = std::max(most, count);
+    for (std::size_t i = 0; i < count; ++i) fn(context, i);
+  }
+  std::size_t concurrency() const noexcept override { return threads_; }
+
+  std::size_t most = 0;  // tasks of a call
+
+ private:
+  std::size_t threads_;
 };
 
 struct Shape {
@@ -110,9 +127,27 @@ void check(const Shape& shape, kernels::Format format) {
   same(out, attend(*cache, shape, first, 1, serial).out, "a row alone and in a batch");
 }
 
+// A chunk of 128 tokens over 2 kv heads gives each of 16 threads a task, and the bits of one thread.
+void check_split(std::size_t group) {
+  const Shape shape{2 * group, 2, 64, -1};
+  const auto cache = filled(shape, kernels::Format::kInt8, 700, 4);
+  std::mt19937 random(5);  // NOLINT(bugprone-random-generator-seed): the same numbers every time
+  const std::vector<float> q = normal(random, 128 * shape.heads * shape.d);
+  SerialExecutor serial;
+  const Result want = attend(*cache, shape, q, 128, serial);
+  for (const std::size_t threads : {std::size_t{2}, std::size_t{5}, std::size_t{16}}) {
+    Counting executor(threads);
+    same(attend(*cache, shape, q, 128, executor).out, want.out, "prefill, split for more threads");
+    if (executor.most >= threads) continue;
+    ++failures;
+    std::printf("FEW %zu tasks for %zu threads, group %zu\n", executor.most, threads, group);
+  }
+}
+
 }  // namespace
 
 int main() {
+  for (const std::size_t group : {std::size_t{1}, std::size_t{4}, std::size_t{8}}) check_split(group);
   ThreadPool::process().resize(4);
   for (const Shape& shape : {Shape{8, 2, 64, -1}, Shape{3, 1, 80, -1}, Shape{4, 4, 16, 1000}}) {
     for (const auto format :

@@ -58,7 +58,7 @@ def test_expansion_has_scalars_bits(isa: str, head_dim: int, fmt: str) -> None:
 @pytest.mark.parametrize("isa", FAST)
 def test_prefill_has_scalars_bits(isa: str, head_dim: int) -> None:
     rng = np.random.default_rng([head_dim, 2])
-    for rows, softcap, window in itertools.product((1, 2, 3, 4, 5, 6, 7, 13), (0.0, 5.0), (300, 20)):
+    for rows, softcap, window in itertools.product((1, 2, 3, 4, 5, 6, 7, 13, 99), (0.0, 5.0), (300, 20)):
         q = (2 * rng.standard_normal((rows, head_dim))).astype(np.float32)
         last = rng.integers(0, 200, rows)
         visible = np.stack([np.maximum(last - window, 0), last], 1).astype(np.int32)
@@ -78,8 +78,8 @@ def test_exp_is_within_2e_7_and_zero_far_below(isa: str) -> None:
     x = np.concatenate([np.linspace(-70, 0, 200_001), -np.logspace(-30, 0, 2001)]).astype(np.float32)
     q = np.zeros((x.size, 16), np.float32)
     q[:, 0] = x
-    k = np.zeros((4, 16, 16), np.float32)
-    k[0, 0, 0] = 1
+    k = np.zeros((16, TOKENS), np.float32)
+    k[0, 0] = 1
     state = State(np.zeros_like(q), np.zeros(x.size, np.float32), np.zeros(x.size, np.float32))
     visible = np.zeros((x.size, 2), np.int32)
     v = np.zeros((TOKENS, 16), np.float32)
@@ -159,3 +159,23 @@ def test_a_nan_key_is_seen(isa: str) -> None:
     for end, poisoned in ((30, False), (31, True)):
         state = cases.decode(isa, "f16", q, [(record, 0, 0, end, TOKENS)], State.empty(2, 16))
         assert np.isnan(state.l).all() == poisoned
+
+
+@pytest.mark.parametrize("isa", ATTEND)
+def test_a_nan_value_reaches_the_rows_that_see_it_and_no_other(isa: str) -> None:
+    rng = np.random.default_rng(12)
+    k, v = rng.standard_normal((2, TOKENS, 32)).astype(np.float32)
+    q = rng.standard_normal((TOKENS, 32)).astype(np.float32)
+    visible = np.stack([np.zeros(TOKENS), np.arange(TOKENS)], 1).astype(np.int32)
+    outputs = []
+    for value in (v[30, 5], np.nan):
+        v[30, 5] = value
+        block = (kernels.pack_block("f16", k, v), 0, 0, TOKENS, TOKENS)
+        tiles = ATTEND[isa].expand(0, block, 32)
+        state = State.empty(TOKENS, 32)
+        ATTEND[isa].prefill(q, *tiles, 0, 0, TOKENS, visible, 0.2, 0.0, state.o, state.m, state.l)
+        outputs.append(state.o)
+    clean, poisoned = outputs
+    assert np.isfinite(clean).all()
+    assert np.isnan(poisoned[30:]).all()
+    cases.assert_same_bits(poisoned[:30], clean[:30], isa)
