@@ -51,7 +51,7 @@ def refuse(reason: str) -> NoReturn:
 
 def place(row: Row) -> Key:
     """What was measured: every column of a row that is text or a whole number, except who, how and how many bytes."""
-    told = {"impl", "kv"}
+    told = {"impl", "kv", "way", "status", "pairs"}
     return tuple(
         f"{name}={value}"
         for name, value in row.items()

@@ -3,26 +3,29 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cmath>
 #include <limits>
 #include <memory>
 #include <utility>
 #include <vector>
 
 #include "attention/plan.hpp"
+#include "core/cpu.hpp"
 #include "kernels/hadamard.hpp"
-#include "kernels/scalar/exp.hpp"
 
 namespace inferos::attention {
 namespace {
 
 using kernels::BlockView;
 using kernels::kBlockTokens;
-using kernels::scalar::exp_nonpositive;
 
 // A row is cut into about this many spans, none below kSpanBlocks. Constants, and not the number of threads or rows, so that
 // neither changes a bit of the result.
 constexpr std::size_t kSpansPerRow = 32;
 constexpr std::size_t kSpanBlocks = 16;
+static_assert(kSpansPerRow <= kBlockTokens);  // merge_spans
+// First-level caches at least this large take what is read next directly, a tenth faster (Zen 5). In 32 KiB (Zen 4) it got in the way.
+constexpr std::size_t kNearBytes = std::size_t{48} * 1024;
 constexpr float kSkipped = 0x1p-24F;  // probabilities below this, all tokens of the context together, need no values
 constexpr std::size_t kMassQueries = 64;  // the newest queries of a prefill that count for the mass
 constexpr std::size_t kRunsPerThread =
@@ -92,6 +95,14 @@ const std::byte* span_begin(const Job& job, std::size_t span) noexcept {
   return nullptr;
 }
 
+// Whether a span has met rotated values alone: its result stays rotated until the spans are merged.
+bool ends_rotated(const Job& job, std::size_t span) noexcept {
+  std::size_t rotated = 0;
+  for (std::size_t i = 0; i < kVisitOrder.size() && kernels::v_is_rotated(kVisitOrder[i]); ++i)
+    rotated += job.lists[i].size();
+  return job.blocks * (span + 1) / job.spans <= rotated;
+}
+
 // `then`: what the same thread reads next, or nullptr.
 void run_span(const Job& job, const Shape& shape, std::size_t span, const std::byte* then) noexcept {
   const std::size_t first = job.blocks * span / job.spans;
@@ -107,11 +118,9 @@ void run_span(const Job& job, const Shape& shape, std::size_t span, const std::b
     const std::size_t list_end = list_begin + job.lists[i].size();
     const std::size_t from = std::max(first, list_begin);
     const std::size_t to = std::min(last, list_end);
-    if (rotated && !kernels::v_is_rotated(kVisitOrder[i])) {
-      kernels::hadamard().rotate(partial.o, shape.group, shape.d);
-      rotated = false;
-    }
     if (from < to) {
+      if (rotated && !kernels::v_is_rotated(kVisitOrder[i]))
+        kernels::hadamard().rotate(partial.o, shape.group, shape.d);
       float* const logits = job.logits == nullptr ? nullptr : job.logits + from * shape.group * kBlockTokens;
       const kernels::DecodeTask task{.q = job.q,
                                      .group = shape.group,
@@ -123,6 +132,7 @@ void run_span(const Job& job, const Shape& shape, std::size_t span, const std::b
                                      .format = kVisitOrder[i],
                                      .blocks = job.lists[i].data() + (from - list_begin),
                                      .count = to - from,
+                                     .near = l1_data_bytes() >= kNearBytes,
                                      .then = to < last ? first_from(job, i + 1) : then,
                                      .o = partial.o,
                                      .m = partial.m,
@@ -158,18 +168,29 @@ void add_mass(const Job& job, const Shape& shape, float* top, float* total) noex
 void merge_spans(const Job& job, const Shape& shape) noexcept {
   const Partial merged = partial_at(job, shape, 0);
   for (std::size_t g = 0; g < shape.group; ++g) {
-    float top = merged.m[g];
-    for (std::size_t s = 1; s < job.spans; ++s) top = std::max(top, partial_at(job, shape, s).m[g]);
+    float tops[kBlockTokens];
+    std::fill_n(tops, kBlockTokens, -std::numeric_limits<float>::infinity());
+    for (std::size_t s = 0; s < job.spans; ++s) tops[s] = partial_at(job, shape, s).m[g];
+    const float top = *std::max_element(tops, tops + job.spans);
+    const float base = std::isinf(top) ? 0.0F : top;  // of a head that saw nothing
+    const float once = 1.0F;
+    float weights[kBlockTokens];
+    kernels::attend().mass(tops, 1, &base, &once, weights);  // all exp at once
     float total = 0.0F;
     float* const out = job.out + g * shape.d;
     std::fill_n(out, shape.d, 0.0F);
+    bool rotated = ends_rotated(job, 0);  // the spans that are come first
     for (std::size_t s = 0; s < job.spans; ++s) {
       const Partial part = partial_at(job, shape, s);
+      if (rotated && !ends_rotated(job, s)) {
+        kernels::hadamard().rotate(out, 1, shape.d);
+        rotated = false;
+      }
       if (part.l[g] == 0.0F) continue;
-      const float weight = exp_nonpositive(part.m[g] - top);
-      total += part.l[g] * weight;
-      for (std::size_t c = 0; c < shape.d; ++c) out[c] += part.o[g * shape.d + c] * weight;
+      total += part.l[g] * weights[s];
+      for (std::size_t c = 0; c < shape.d; ++c) out[c] += part.o[g * shape.d + c] * weights[s];
     }
+    if (rotated) kernels::hadamard().rotate(out, 1, shape.d);
     finish_head(job.q + g * shape.d, out, total, shape.d);
     merged.m[g] = top;
     merged.l[g] = total;

@@ -93,6 +93,7 @@ void decode(const Attend& kernel, const Floats& q, int format, const std::vector
                                  .format = checked_format(format),
                                  .blocks = views.data(),
                                  .count = views.size(),
+                                 .near = false,
                                  .then = nullptr,
                                  .o = o.mutable_data(),
                                  .m = m.mutable_data(),

@@ -61,8 +61,25 @@ Isa detect() {
   if (avx512 && bit(seven.c, 11) && (state & 0xE6) == 0xE6) return Isa::kAvx512Vnni;  // opmask and ZMM state too
   return Isa::kAvx2;
 }
+// The deterministic cache parameters: AMD has them in a leaf of its own, in Intel's format.
+std::size_t detect_l1_data() {
+  const bool amd = cpuid(0x80000000U, 0).a >= 0x8000001DU && bit(cpuid(0x80000001U, 0).c, 22);
+  if (!amd && cpuid(0, 0).a < 4) return 0;
+  for (std::uint32_t index = 0; index < 8; ++index) {
+    const Registers cache = cpuid(amd ? 0x8000001DU : 4U, index);
+    const std::uint32_t type = cache.a & 0x1FU;
+    if (type == 0) break;
+    if (type != 1 || (cache.a >> 5 & 0x7U) != 1) continue;  // data, level 1
+    const std::size_t ways = (cache.b >> 22) + 1;
+    const std::size_t partitions = (cache.b >> 12 & 0x3FFU) + 1;
+    const std::size_t line = (cache.b & 0xFFFU) + 1;
+    return ways * partitions * line * (std::size_t{cache.c} + 1);
+  }
+  return 0;
+}
 #else
 Isa detect() { return Isa::kScalar; }
+std::size_t detect_l1_data() { return 0; }
 #endif
 
 constexpr std::array kAll{Isa::kScalar, Isa::kAvx2, Isa::kAvx512Vnni};
@@ -101,6 +118,11 @@ std::span<const Isa> runnable_isas() noexcept { return std::span(kAll).first(sta
 Isa active_isa() {
   static const Isa isa = choose();
   return isa;
+}
+
+std::size_t l1_data_bytes() noexcept {
+  static const std::size_t bytes = detect_l1_data();
+  return bytes;
 }
 
 }  // namespace inferos

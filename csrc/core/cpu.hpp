@@ -1,6 +1,7 @@
 #pragma once
 // Instruction sets this CPU and its operating system can run, and the one in use.
 
+#include <cstddef>
 #include <span>
 #include <string_view>
 
@@ -14,5 +15,6 @@ std::span<const Isa> runnable_isas() noexcept;  // scalar first, fastest last
 // Fastest runnable one, or the one named by the environment variable INFEROS_ISA, read once.
 // Throws Error{kConfig} where INFEROS_ISA names none, or one this CPU cannot run.
 Isa active_isa();
+std::size_t l1_data_bytes() noexcept;  // of a core's first-level data cache; 0 where the CPU does not say
 
 }  // namespace inferos

@@ -62,8 +62,8 @@ struct DecodeTask {
   Format format;  // of all blocks of the list
   const BlockView* blocks;
   std::size_t count;
-  const std::byte*
-      then;  // nullptr, or what the caller reads after these blocks, fetched while the last of them are computed
+  bool near;              // whether what is read next is fetched into the first-level cache, else into the second
+  const std::byte* then;  // nullptr, or what is read after these blocks
   // Partial results, read and updated: o[group][D], m[group] (-inf at the start), l[group] (0 at the start).
   float* o;
   float* m;

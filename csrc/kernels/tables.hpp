@@ -2,6 +2,8 @@
 // The kernel tables that the files of scalar/, avx2/ and avx512vnni/ define; only the dispatch files read them.
 
 #include "kernels/hadamard.hpp"
+#include "kernels/importance.hpp"
+#include "kernels/logits.hpp"
 #include "kernels/quantize.hpp"
 #include "kernels/read.hpp"
 
@@ -9,6 +11,8 @@ namespace inferos::kernels::scalar {
 extern const Convert kConvert;
 extern const Quantize kQuantize;
 extern const Hadamard kHadamard;
+extern const Importance kImportance;
+extern const Logits kLogits;
 extern const Read kRead;
 }  // namespace inferos::kernels::scalar
 
@@ -16,6 +20,8 @@ namespace inferos::kernels::avx2 {
 extern const Convert kConvert;
 extern const Quantize kQuantize;
 extern const Hadamard kHadamard;
+extern const Importance kImportance;
+extern const Logits kLogits;
 extern const Read kRead;
 }  // namespace inferos::kernels::avx2
 
@@ -23,5 +29,7 @@ namespace inferos::kernels::avx512vnni {
 extern const Convert kConvert;
 extern const Quantize kQuantize;
 extern const Hadamard kHadamard;
+extern const Importance kImportance;
+extern const Logits kLogits;
 extern const Read kRead;
 }  // namespace inferos::kernels::avx512vnni

@@ -7,34 +7,24 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
 from inferos.bench import peers
 from inferos.bench.problem import Entrant, Offer, Problem, SharedData
 from inferos.bench.record import OURS, Peer, Report, Row, environment, load_average
-from inferos.bench.timing import COLD_BYTES, Contender, Timing, interleave
+from inferos.bench.timing import COLD_BYTES, Contender, Timing, Watcher, interleave
 from inferos.kv import KVCache, LayerSpec, ReadBuffer, get_num_threads, set_num_threads
 from inferos.kv.reading import READ_STEP
 
-__all__ = ["Job", "KV_FORMATS", "PrefillRow", "READ", "Watcher", "run", "steps"]
+__all__ = ["Job", "KV_FORMATS", "PrefillRow", "READ", "run", "steps"]
 
 KV_FORMATS = ("f16", "int8", "k8v4", "int4")
 READ = "read"
 _LONGEST_REASON = 200  # characters
 _CHUNK = 512  # tokens appended at a time while a cache is filled
 _ORT_FP32 = ("ort", "fp32")
-
-
-class Watcher(Protocol):
-    """Told how a job goes."""
-
-    def advance(self, amount: int) -> None:
-        """That many more of `steps` are done."""
-
-    def describe(self, text: str) -> None:
-        """What is done now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,13 +232,12 @@ def _fill(sequence: KVCache, tokens: int, layers: int, kv_heads: int, head_dim: 
 
 
 def _readers(problem: Problem, sizes: Sequence[int]) -> list[Entrant]:
-    """Reading as many bytes as each of our formats has; all in one buffer."""
-    rounded = [-(-size // READ_STEP) * READ_STEP for size in sizes]
-    buffer = ReadBuffer(max(problem.copies(size) * size for size in rounded))
-    return [_reader(buffer, size) for size in rounded]
+    """Reading as many bytes as each of our formats has, in a buffer each: what another reader left in the caches is not theirs."""
+    return [_reader(problem, -(-size // READ_STEP) * READ_STEP) for size in sizes]
 
 
-def _reader(buffer: ReadBuffer, size: int) -> Entrant:
+def _reader(problem: Problem, size: int) -> Entrant:
+    buffer = ReadBuffer(problem.copies(size) * size)
     return Entrant(Contender(READ, lambda copy: buffer.read(copy * size, size), buffer.size // size), size)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-__all__ = ["COLD_BYTES", "Clock", "Contender", "Timing", "copies_for", "interleave"]
+__all__ = ["COLD_BYTES", "Clock", "Contender", "Timing", "Watcher", "copies_for", "interleave"]
 
 # More than any cache of the processors we know: what a call reads has left the caches when its turn comes again.
 COLD_BYTES = 160_000_000
@@ -24,6 +24,16 @@ class Clock(Protocol):
     def wall(self) -> float:
         """Elapsed time."""
         ...
+
+
+class Watcher(Protocol):
+    """Told how a job goes."""
+
+    def advance(self, amount: int) -> None:
+        """That many more of `steps` are done."""
+
+    def describe(self, text: str) -> None:
+        """What is done now."""
 
 
 class _System:

@@ -36,6 +36,7 @@ __all__ = [
     "formats_of_bits",
     "kv_list",
     "resolve_kv",
+    "whole_numbers",
     "with_fields",
 ]
 
@@ -209,6 +210,17 @@ def kv_list(words: str, kv_k: int | None = None, kv_v: int | None = None) -> tup
     if not found:
         raise ConfigError(f"--kv: {words!r} names no format; known: {', '.join(KV_WORDS)}")
     return tuple(dict.fromkeys(found))
+
+
+def whole_numbers(option: str, words: str, low: int, high: int) -> tuple[int, ...]:
+    """The numbers of a list such as 512,4096, each once. Raises ConfigError where one is none or out of range."""
+    try:
+        found = tuple(dict.fromkeys(int(word) for word in words.split(",")))
+    except ValueError:
+        raise ConfigError(f"{option}: {words!r} is not a list of numbers, such as 4096,16384") from None
+    for number in found:
+        check_range(option, number, low, high)
+    return found
 
 
 def check_range(option: str, value: float, low: float, high: float | None = None) -> None:

@@ -47,7 +47,7 @@ def decode(
     _debug: DebugOption = False,
 ) -> None:
     """Time decode attention: one new token over a full cache that does not fit the processor's caches."""
-    points = [(length - 1, 1) for length in _lengths("--context", context, 2)]
+    points = [(length - 1, 1) for length in _options.whole_numbers("--context", context, 2, _LONGEST)]
     _run("decode", shape, points, kv, threads, batch, peers, rounds, json_path)
 
 
@@ -65,18 +65,8 @@ def prefill(
 ) -> None:
     """Time prefill attention: many new tokens over a past; `--tokens 2048 --past 0` is a whole prompt."""
     _options.check_range("--tokens", tokens, 2, _LONGEST)
-    points = [(length, tokens) for length in _lengths("--past", past, 0)]
+    points = [(length, tokens) for length in _options.whole_numbers("--past", past, 0, _LONGEST)]
     _run("prefill", shape, points, kv, threads, batch, peers, rounds, json_path)
-
-
-def _lengths(option: str, words: str, least: int) -> list[int]:
-    try:
-        found = [int(word) for word in words.split(",")]
-    except ValueError:
-        raise ConfigError(f"{option}: {words!r} is not a list of numbers, such as 4096,16384") from None
-    for length in found:
-        _options.check_range(option, length, least, _LONGEST)
-    return list(dict.fromkeys(found))
 
 
 def _run(

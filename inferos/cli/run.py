@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from inferos.cli import _generation, _options, _output
+from inferos.cli import _generation, _options, _output, bench_e2e
 from inferos.cli._options import ModelArgument
+from inferos.errors import ConfigError
 
 __all__ = ["run"]
 
@@ -16,7 +17,11 @@ __all__ = ["run"]
 @_options.with_fields(_generation.Answering)
 def run(
     model: ModelArgument,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What the model continues; - reads stdin.")],
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="What the model continues; - reads stdin.")
+    ] = None,
+    benchmark: Annotated[bool, typer.Option("--benchmark", help="No answer: inferos bench e2e on this model.")] = False,
+    *,
     options: _generation.Answering,
 ) -> None:
     """Continue a prompt; the text goes to stdout as it comes, the figures to stderr."""
@@ -24,6 +29,11 @@ def run(
     if options.dry_run:
         _generation.show_plan(request, options)
         return
+    if benchmark:
+        bench_e2e.benchmark(model, kv=options.kv, threads=options.threads, json_path=options.json_path)
+        return
+    if prompt is None:
+        raise ConfigError("PROMPT: it is missing; wanted a text, or - for stdin")
     text = sys.stdin.read() if prompt == "-" else prompt
     with _generation.load_model(request) as loaded:
         generation = loaded.generate(text, **options.of_generate())

@@ -102,7 +102,7 @@ class CompressedSession:
             turns = [held.enter_context(row.turn()) for row in rows]
             logits = self.run(turns, tokens.astype(np.int64)[:, None])
             _commit(turns)
-            last: Float32 = logits[:, -1].astype(np.float32)
+            last: Float32 = logits[:, -1].astype(np.float32, copy=False)
             return last
 
     def run(self, turns: list[Turn], ids: Ids, *, keep_all: bool = False) -> npt.NDArray[Any]:

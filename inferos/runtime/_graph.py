@@ -59,14 +59,14 @@ _INPUTS = (
 )  # fmt: skip
 _LAST_KNOWN_INPUT = _INPUTS.index("position_ids")
 
-# Attributes that change the result, with the value that means "not used"; any other value is refused.
+# Attributes that change the result, with the values that mean "not used"; any other value is refused.
 _NEUTRAL = {
-    "causal": 1,
-    "k_quant_type": "NONE",
-    "qk_output": 0,
-    "sliding_window_cache": 0,
-    "smooth_softmax": 0,
-    "v_quant_type": "NONE",
+    "causal": (1,),
+    "k_quant_type": ("NONE",),
+    "qk_output": (0,),
+    "sliding_window_cache": (0,),
+    "smooth_softmax": (0, -1),  # -1 is the schema's default, which a graph saved by ONNX Runtime spells out
+    "v_quant_type": ("NONE",),
 }
 # Attributes that only qualify one of the above.
 _QUALIFIERS = frozenset({"kv_cache_bit_width", "qk_norm_epsilon"})
@@ -277,7 +277,7 @@ def _check_form(node: onnx.NodeProto, name: str, attributes: dict[str, Any]) -> 
         raise UnsupportedError(f"node {name!r}: output_qk is not supported")
     for key, value in attributes.items():
         if key in _NEUTRAL:
-            if value != _NEUTRAL[key]:
+            if value not in _NEUTRAL[key]:
                 raise UnsupportedError(f"node {name!r}: {key}={value!r} is not supported")
         elif key not in _COMPUTED and key not in _QUALIFIERS:
             raise UnsupportedError(f"node {name!r}: unknown attribute {key}={value!r}")

@@ -39,19 +39,22 @@ _TYPES: dict[str, type[np.generic]] = {
 _log = logging.getLogger(__name__)
 
 
-def session_options(threads: int) -> Any:
-    """Options for decoding: no spinning between small steps, one thread pool, errors as exceptions only.
+def session_options(threads: int, *, spinning: bool = False) -> Any:
+    """Options for decoding: one thread pool, errors as exceptions only.
 
     Parameters
     ----------
     threads : int
         Threads inside a node; 0 = as many as ONNX Runtime finds right.
+    spinning : bool, default False
+        Whether threads wait for the next node in a loop. They stop at the end of a run.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     # Spinning threads take the cores from the next node: a 24-layer step took 2.6 times as long on two cores.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = 4
     return options
 

@@ -135,7 +135,8 @@ def _put_in_place(fresh: Path, target: Path, scratch: Path) -> None:
 
 def _write_folder(folder: Path, assets: dict[str, bytes]) -> None:
     # Here, because it imports onnx, which a run that finds its folder does not need.
-    from inferos.runtime._reference_graph import Architecture, build_model
+    from inferos.runtime._reference_graph import build_model
+    from inferos.runtime.decoder_graph import Architecture, genai_config
 
     try:
         config = json.loads(assets["config.json"])
@@ -144,9 +145,10 @@ def _write_folder(folder: Path, assets: dict[str, bytes]) -> None:
     except (ValueError, OSError, KeyError, zipfile.BadZipFile) as error:
         raise ModelError(f"the package's reference model cannot be read ({error}); install inferos again") from error
     arch = Architecture.from_config(config)
+    tokens = {"bos": config["bos_token_id"], "eos": config["eos_token_id"], "max_length": config["trained_context"]}
     files = {
         "model.onnx": build_model(arch, weights).SerializeToString(deterministic=True),
-        "genai_config.json": _json_bytes(_genai_config(config)),
+        "genai_config.json": _json_bytes(genai_config(arch, **tokens)),
         "tokenizer.json": assets["tokenizer.json"],
         "tokenizer_config.json": _json_bytes(_tokenizer_config(config)),
         "config.json": assets["config.json"],
@@ -156,52 +158,6 @@ def _write_folder(folder: Path, assets: dict[str, bytes]) -> None:
         (folder / name).write_bytes(content)
     noted = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     (folder / _MANIFEST).write_bytes(_json_bytes(noted))
-
-
-def _genai_config(config: dict[str, object]) -> dict[str, object]:
-    """What onnxruntime-genai's builder writes beside such a model."""
-    decoder = {
-        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
-        "filename": "model.onnx",
-        "head_size": config["head_dim"],
-        "hidden_size": config["hidden_size"],
-        "inputs": {
-            "input_ids": "input_ids",
-            "attention_mask": "attention_mask",
-            "past_key_names": "past_key_values.%d.key",
-            "past_value_names": "past_key_values.%d.value",
-        },
-        "outputs": {
-            "logits": "logits",
-            "present_key_names": "present.%d.key",
-            "present_value_names": "present.%d.value",
-        },
-        "num_attention_heads": config["num_attention_heads"],
-        "num_hidden_layers": config["num_hidden_layers"],
-        "num_key_value_heads": config["num_key_value_heads"],
-    }
-    model = {
-        "bos_token_id": config["bos_token_id"],
-        "context_length": config["max_position_embeddings"],
-        "decoder": decoder,
-        "eos_token_id": config["eos_token_id"],
-        "pad_token_id": config["eos_token_id"],
-        "type": "llama",
-        "vocab_size": config["vocab_size"],
-    }
-    search = {
-        "do_sample": False,
-        "max_length": config["trained_context"],
-        "min_length": 0,
-        "num_beams": 1,
-        "num_return_sequences": 1,
-        "past_present_share_buffer": True,
-        "repetition_penalty": 1.0,
-        "temperature": 1.0,
-        "top_k": 1,
-        "top_p": 1.0,
-    }
-    return {"model": model, "search": search}
 
 
 def _tokenizer_config(config: dict[str, object]) -> dict[str, object]:

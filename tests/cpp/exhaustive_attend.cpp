@@ -137,7 +137,7 @@ std::size_t compare_decode(Case& test, std::string& mismatch) {
       return of.extra.data() + (kBlocks * group + i) * kBlockTokens;
     };
     kernel.decode({test.q.data(), group, test.d, scale, softcap, skip_below, visible, test.format, test.views.data(),
-                   kBlocks, nullptr, state.o.data(), state.m.data(), state.l.data(), state.extra.data()});
+                   kBlocks, false, nullptr, state.o.data(), state.m.data(), state.l.data(), state.extra.data()});
     for (std::size_t i = 0; i < kBlocks; ++i) {
       kernel.mass(state.extra.data() + i * group * kBlockTokens, group, state.m.data(), state.l.data(),
                   masses(state, i));

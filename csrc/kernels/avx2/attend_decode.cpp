@@ -24,6 +24,7 @@ constexpr std::size_t kAheadBytes = std::size_t{8} * 1024;  // as in the AVX-512
 struct Scratch {
   const char* ahead;                                    // the next line to fetch, and the step to the one after it:
   std::size_t ahead_step;                               // 0 but for the first chunk of a block's heads
+  bool near;                                            // into which cache: DecodeTask
   alignas(32) float s[kChunk][kT];                      // logits, then probabilities
   alignas(32) float w[kChunk][kMaxHeadDim];             // q * kscale
   alignas(32) std::int16_t wide[kChunk][kMaxHeadDim];   // W of K8
@@ -47,7 +48,11 @@ struct Work {  // one block, one chunk of heads
 };
 
 void fetch(std::size_t lines, Scratch& x) noexcept {
-  for (std::size_t i = 0; i < lines; ++i, x.ahead += x.ahead_step) _mm_prefetch(x.ahead, _MM_HINT_T1);
+  if (x.near) {
+    for (std::size_t i = 0; i < lines; ++i, x.ahead += x.ahead_step) _mm_prefetch(x.ahead, _MM_HINT_T0);
+  } else {
+    for (std::size_t i = 0; i < lines; ++i, x.ahead += x.ahead_step) _mm_prefetch(x.ahead, _MM_HINT_T1);
+  }
 }
 
 __m256i broadcast4(const void* p) noexcept { return _mm256_broadcastd_epi32(_mm_loadu_si32(p)); }
@@ -397,6 +402,7 @@ void attend_decode(const DecodeTask& task) noexcept {
     }
     scratch.ahead = reinterpret_cast<const char*>(block_ahead(task, i + depth, record));
     scratch.ahead_step = 64;
+    scratch.near = task.near;
     run_block({task, block, range, 0}, logits, scratch);
   }
 }

@@ -7,7 +7,7 @@
 // codes and broadcasts. More heads come in further chunks over the same block while it is in L1 or L2.
 // The latencies of a head's reductions and of its exp would add up to a third of the time, so four heads go through them together.
 //
-// Memory is kept busy all the time: while a block is computed, the lines of the record about 8 KiB ahead are fetched into L2, in order and
+// Memory is kept busy all the time: while a block is computed, the lines of the record about 8 KiB ahead are fetched, in order and
 // evenly over the phases (those of K before the values, those of V with them). On Zen 5 INT8 then runs at 0.8 of the speed of reading the
 // same bytes; fetching each line's own counterpart, which leaves memory idle during the softmax, gave 0.57, no hints 0.3.
 
@@ -29,6 +29,7 @@ constexpr std::size_t kAheadBytes = std::size_t{8} * 1024;  // measured best of 
 struct Scratch {
   const char* ahead;                                  // the next line to fetch, and the step to the one after it:
   std::size_t ahead_step;                             // 0 but for the first chunk of a block's heads
+  bool near;                                          // into which cache: DecodeTask
   alignas(64) float s[kChunk][kT];                    // logits, then probabilities
   alignas(64) float w[kChunk][kMaxHeadDim];           // q * kscale
   alignas(64) std::int8_t high[kChunk][kMaxHeadDim];  // of W = 128 * high + low; K4 has high only, and it is W
@@ -51,7 +52,11 @@ struct Work {  // one block, one chunk of heads
 };
 
 void fetch(std::size_t lines, Scratch& x) noexcept {
-  for (std::size_t i = 0; i < lines; ++i, x.ahead += x.ahead_step) _mm_prefetch(x.ahead, _MM_HINT_T1);
+  if (x.near) {
+    for (std::size_t i = 0; i < lines; ++i, x.ahead += x.ahead_step) _mm_prefetch(x.ahead, _MM_HINT_T0);
+  } else {
+    for (std::size_t i = 0; i < lines; ++i, x.ahead += x.ahead_step) _mm_prefetch(x.ahead, _MM_HINT_T1);
+  }
 }
 
 template <std::size_t G, bool kWide>
@@ -455,6 +460,7 @@ void attend_decode(const DecodeTask& task) noexcept {
     }
     scratch.ahead = reinterpret_cast<const char*>(block_ahead(task, i + depth, record));
     scratch.ahead_step = 64;
+    scratch.near = task.near;
     run_block({task, block, range, 0}, logits, scratch);
   }
 }

@@ -15,7 +15,7 @@ from inferos.bench.problem import Entrant, Offer, Problem, SharedData
 from inferos.bench.record import version_of
 from inferos.bench.timing import Contender
 
-__all__ = ["offers", "version"]
+__all__ = ["flash_attention", "offers", "version"]
 
 # Read when a session is created (measured): one process can hold sessions with and without it.
 _NO_FLASH = "ORT_GQA_DISABLE_FLASH_ATTENTION"
@@ -105,7 +105,8 @@ def _model(problem: Problem, form: _Format) -> bytes:
 
 
 @contextmanager
-def _flash(wanted: bool) -> Iterator[None]:
+def flash_attention(wanted: bool) -> Iterator[None]:
+    """Sessions opened inside use ONNX Runtime's flash attention, or do not."""
     before = os.environ.pop(_NO_FLASH, None)
     if not wanted:
         os.environ[_NO_FLASH] = "1"
@@ -125,7 +126,7 @@ def _build(problem: Problem, data: SharedData, form: _Format, flash: bool) -> En
     options.log_severity_level = 3
     # Its threads spin while it works, as they do by default, but not into another one's turn.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    with _flash(flash):
+    with flash_attention(flash):
         session = onnxruntime.InferenceSession(_model(problem, form), options, providers=["CPUExecutionProvider"])
     real = np.float16 if form.kv == "fp16" else np.float32
     flat = (problem.batch, problem.tokens, -1)
