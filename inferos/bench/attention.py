@@ -79,7 +79,7 @@ def run(job: Job, watcher: Watcher) -> Report:
     Report
         With a row for every implementation and format; a peer that is not installed is named as such.
     """
-    before = load_average()
+    surroundings = environment(load_average())  # of what is measured: a tree may change under a long run
     versions = {name: peers.load(name).version() for name in job.peers}
     outcome = _Outcome()
     threads = get_num_threads()
@@ -88,9 +88,10 @@ def run(job: Job, watcher: Watcher) -> Report:
             _measure(job, problem, [name for name in job.peers if versions[name] is not None], outcome, watcher)
     finally:
         set_num_threads(threads)
+    surroundings["load_average"]["after"] = load_average()
     return Report(
         bench=job.bench,
-        environment=environment(before),
+        environment=surroundings,
         settings={
             "shapes": list(dict.fromkeys(str(problem.shape) for problem in job.problems)),
             "kv": list(job.kv),
