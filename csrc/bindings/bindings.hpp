@@ -15,6 +15,7 @@ py::object error_object(const Error& error);  // an instance of the matching cla
 void add_errors(py::module_& m);   // inferos::Error -> inferos.errors
 void add_kernels(py::module_& m);  // _core.kernels: every ISA's kernels, for tests and hosts
 void add_attend(py::module_& m);   // _core.kernels: the attention kernels, added to the module that add_kernels makes
+void add_read(py::module_& m);     // _core.kernels: memory to read, for benchmarks
 void add_cache(py::module_& m);    // Arena, Cache, AttentionParams: the sequence API
 
 }  // namespace inferos::bindings

@@ -6,5 +6,6 @@ PYBIND11_MODULE(_core, m) {
   inferos::bindings::add_kernels(m);
   auto kernels = m.attr("kernels").cast<pybind11::module_>();
   inferos::bindings::add_attend(kernels);
+  inferos::bindings::add_read(kernels);
   inferos::bindings::add_cache(m);
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy
 import numpy.typing
 import typing
-__all__: list[str] = ['Attend', 'active_isa', 'attend_runnable', 'dequantize_k4', 'dequantize_k8', 'dequantize_v4', 'dequantize_v8', 'f16_to_f32', 'f32_to_f16', 'pack_block', 'quantize_k4', 'quantize_k8', 'quantize_v4', 'quantize_v8', 'rotate', 'runnable_isas', 'unpack_block']
+__all__: list[str] = ['Attend', 'ReadBuffer', 'active_isa', 'attend_runnable', 'dequantize_k4', 'dequantize_k8', 'dequantize_v4', 'dequantize_v8', 'f16_to_f32', 'f32_to_f16', 'logits_at_least', 'logits_largest', 'logits_weigh', 'pack_block', 'quantize_k4', 'quantize_k8', 'quantize_v4', 'quantize_v8', 'rotate', 'runnable_isas', 'unpack_block']
 class Attend:
     """
     Attention kernels of one ISA; csrc/kernels/attend.hpp fixes what they compute.
@@ -29,6 +29,22 @@ class Attend:
     @property
     def isa(self) -> str:
         ...
+class ReadBuffer:
+    """
+    Memory to read, in huge pages where the system gives them.
+    """
+    def __init__(self, bytes: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
+    def read(self, offset: typing.SupportsInt | typing.SupportsIndex, bytes: typing.SupportsInt | typing.SupportsIndex, isa: str = '') -> int:
+        """
+        Reads every byte once; the exclusive or of its words of 64 bits.
+        """
+    @property
+    def huge(self) -> bool:
+        ...
+    @property
+    def size(self) -> int:
+        ...
 def active_isa() -> str:
     """
     The ISA in use
@@ -37,77 +53,65 @@ def attend_runnable() -> list:
     """
     Attention kernels this CPU can run, scalar first.
     """
-def dequantize_k4(codes: numpy.typing.NDArray[numpy.uint8], scales: numpy.typing.NDArray[numpy.uint16], half: bool = False, isa: str = '') -> numpy.ndarray:
+def dequantize_k4(codes: numpy.typing.NDArray[numpy.uint8], scales: numpy.ndarray, minima: numpy.ndarray | None, out: numpy.ndarray, isa: str = '') -> None:
     """
-    (64, head_dim) float32, or fp16 bits in uint16 where half
+    codes, float16 scales and minima -> (..., tokens, head_dim)
     """
-def dequantize_k8(codes: numpy.typing.NDArray[numpy.uint8], scales: numpy.typing.NDArray[numpy.uint16], half: bool = False, isa: str = '') -> numpy.ndarray:
+def dequantize_k8(codes: numpy.typing.NDArray[numpy.uint8], scales: numpy.ndarray, minima: numpy.ndarray | None, out: numpy.ndarray, isa: str = '') -> None:
     """
-    (64, head_dim) float32, or fp16 bits in uint16 where half
+    codes, float16 scales and minima -> (..., tokens, head_dim)
     """
-def dequantize_v4(codes: numpy.typing.NDArray[numpy.uint8], scales: numpy.typing.NDArray[numpy.uint16], half: bool = False, isa: str = '') -> numpy.ndarray:
+def dequantize_v4(codes: numpy.typing.NDArray[numpy.uint8], scales: numpy.ndarray, minima: numpy.ndarray | None, out: numpy.ndarray, isa: str = '') -> None:
     """
-    (64, head_dim) float32, or fp16 bits in uint16 where half
+    codes, float16 scales and minima -> (..., tokens, head_dim)
     """
-def dequantize_v8(codes: numpy.typing.NDArray[numpy.int8], scales: numpy.typing.NDArray[numpy.uint16], half: bool = False, isa: str = '') -> numpy.ndarray:
+def dequantize_v8(codes: numpy.typing.NDArray[numpy.int8], scales: numpy.ndarray, minima: numpy.ndarray | None, out: numpy.ndarray, isa: str = '') -> None:
     """
-    (64, head_dim) float32, or fp16 bits in uint16 where half
+    codes, float16 scales and minima -> (..., tokens, head_dim)
     """
-def f16_to_f32(x: numpy.typing.NDArray[numpy.uint16], isa: str = '') -> numpy.typing.NDArray[numpy.float32]:
+def f16_to_f32(x: numpy.typing.NDArray[numpy.uint16], out: numpy.typing.NDArray[numpy.float32], isa: str = '') -> None:
     """
     fp16 bits in uint16 -> float32
     """
-def f32_to_f16(x: numpy.typing.NDArray[numpy.float32], saturate: bool = False, isa: str = '') -> numpy.typing.NDArray[numpy.uint16]:
+def f32_to_f16(x: numpy.typing.NDArray[numpy.float32], out: numpy.typing.NDArray[numpy.uint16], saturate: bool = False, isa: str = '') -> None:
     """
     float32 -> fp16 bits in uint16, nearest even
+    """
+def logits_at_least(x: numpy.typing.NDArray[numpy.float32], threshold: typing.SupportsFloat | typing.SupportsIndex, isa: str = '') -> numpy.typing.NDArray[numpy.int32]:
+    """
+    Positions of the finite logits that reach the threshold
+    """
+def logits_largest(x: numpy.typing.NDArray[numpy.float32], isa: str = '') -> tuple:
+    """
+    The largest finite logit, and that of each chunk of 512
+    """
+def logits_weigh(x: numpy.typing.NDArray[numpy.float32], top: typing.SupportsFloat | typing.SupportsIndex, inverse_temperature: typing.SupportsFloat | typing.SupportsIndex, isa: str = '') -> tuple:
+    """
+    The sum of exp((x - top) * inverse_temperature), and that of each chunk of 512
     """
 def pack_block(format: str, k: numpy.typing.NDArray[numpy.float32], v: numpy.typing.NDArray[numpy.float32]) -> numpy.typing.NDArray[numpy.uint8]:
     """
     (tokens, head_dim) float32 keys and values -> the bytes of one block
     """
-@typing.overload
-def quantize_k4(x: numpy.typing.NDArray[numpy.float32], isa: str = '') -> tuple:
+def quantize_k4(x: numpy.ndarray, codes: numpy.typing.NDArray[numpy.uint8], scales: numpy.ndarray, minima: numpy.ndarray | None, isa: str = '') -> None:
     """
-    (tokens, head_dim) float32 -> codes in block order, fp16 bits of scales (and minima)
+    (..., tokens, head_dim) float32 or float16 -> codes in block order, float16 scales and minima
     """
-@typing.overload
-def quantize_k4(x: numpy.typing.NDArray[numpy.uint16], isa: str = '') -> tuple:
+def quantize_k8(x: numpy.ndarray, codes: numpy.typing.NDArray[numpy.uint8], scales: numpy.ndarray, minima: numpy.ndarray | None, isa: str = '') -> None:
     """
-    The same from fp16 bits in uint16
+    (..., tokens, head_dim) float32 or float16 -> codes in block order, float16 scales and minima
     """
-@typing.overload
-def quantize_k8(x: numpy.typing.NDArray[numpy.float32], isa: str = '') -> tuple:
+def quantize_v4(x: numpy.ndarray, codes: numpy.typing.NDArray[numpy.uint8], scales: numpy.ndarray, minima: numpy.ndarray | None, isa: str = '') -> None:
     """
-    (tokens, head_dim) float32 -> codes in block order, fp16 bits of scales (and minima)
+    (..., tokens, head_dim) float32 or float16 -> codes in block order, float16 scales and minima
     """
-@typing.overload
-def quantize_k8(x: numpy.typing.NDArray[numpy.uint16], isa: str = '') -> tuple:
+def quantize_v8(x: numpy.ndarray, codes: numpy.typing.NDArray[numpy.int8], scales: numpy.ndarray, minima: numpy.ndarray | None, isa: str = '') -> None:
     """
-    The same from fp16 bits in uint16
+    (..., tokens, head_dim) float32 or float16 -> codes in block order, float16 scales and minima
     """
-@typing.overload
-def quantize_v4(x: numpy.typing.NDArray[numpy.float32], isa: str = '') -> tuple:
+def rotate(x: numpy.typing.NDArray[numpy.float32], out: numpy.typing.NDArray[numpy.float32], isa: str = '') -> None:
     """
-    (tokens, head_dim) float32 -> codes in block order, fp16 bits of scales (and minima)
-    """
-@typing.overload
-def quantize_v4(x: numpy.typing.NDArray[numpy.uint16], isa: str = '') -> tuple:
-    """
-    The same from fp16 bits in uint16
-    """
-@typing.overload
-def quantize_v8(x: numpy.typing.NDArray[numpy.float32], isa: str = '') -> tuple:
-    """
-    (tokens, head_dim) float32 -> codes in block order, fp16 bits of scales (and minima)
-    """
-@typing.overload
-def quantize_v8(x: numpy.typing.NDArray[numpy.uint16], isa: str = '') -> tuple:
-    """
-    The same from fp16 bits in uint16
-    """
-def rotate(x: numpy.typing.NDArray[numpy.float32], isa: str = '') -> numpy.typing.NDArray[numpy.float32]:
-    """
-    (rows, head_dim) float32, rotated by the Hadamard transform
+    (..., rows, head_dim) float32, rotated by the Hadamard transform; out may be x
     """
 def runnable_isas() -> list[str]:
     """

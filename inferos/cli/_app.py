@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from inferos.cli import chat, demo, doctor, evaluate, folder, run
+from inferos.cli import bench, chat, demo, doctor, evaluate, folder, run
 from inferos.errors import ConfigError, ContextError, InferosError, ModelError, TemplateError
 
 __all__ = ["app", "main"]
@@ -108,6 +108,7 @@ app.command("chat")(chat.chat)
 app.command("eval")(evaluate.evaluate)
 app.command("rewrite")(folder.rewrite)
 app.command("doctor")(doctor.doctor)
+app.add_typer(bench.group, name="bench")
 
 
 def main() -> None:

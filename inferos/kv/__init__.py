@@ -2,6 +2,7 @@
 
 from inferos.kv import kernels
 from inferos.kv.cache import KV_FORMATS, Arena, ArenaStats, KVCache, KVStats, LayerSpec, library_path
+from inferos.kv.reading import ReadBuffer
 from inferos.kv.threads import get_num_threads, set_num_threads
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "KVStats",
     "KV_FORMATS",
     "LayerSpec",
+    "ReadBuffer",
     "get_num_threads",
     "kernels",
     "library_path",

@@ -1,8 +1,11 @@
 """The quantisers, the fp16 conversions, the rotation and the block codec, on numpy arrays.
 
-One call handles one block: 1 to 64 tokens of one kv head. head_dim is a multiple of 16 from 16 to 256. ``isa`` is one
-of `runnable_isas()`, or "" for the active one; all of them return the same bits. Arrays must be C-contiguous and of the
-dtype stated: nothing is converted silently. All functions are thread-safe and release the GIL while they work.
+A block is 1 to 64 tokens of one kv head. Quantisers take any number of blocks, as leading dimensions: keys of
+``(kv_heads, tokens, head_dim)``, tokens a multiple of 64, are ``x.reshape(kv_heads, -1, 64, head_dim)``. head_dim is a
+multiple of 16 from 16 to 256. ``isa`` is one of `runnable_isas()`, or "" for the active one; all of them return the same
+bits. Arrays must be C-contiguous and of the dtype stated: nothing is converted silently. ``out`` takes the result
+instead of fresh arrays, whose page faults cost more than the work; it must not overlap the input. All functions are
+thread-safe and release the GIL while they work.
 
 The arithmetic, and why the half step is a promise that holds: csrc/kernels/quantize.hpp. The bytes: block.hpp there.
 """
@@ -39,35 +42,42 @@ BlockFormat: TypeAlias = Literal["f16", "int8", "k8v4", "int4"]
 _Float32: TypeAlias = npt.NDArray[np.float32]
 _Float16: TypeAlias = npt.NDArray[np.float16]
 _Rows: TypeAlias = _Float32 | _Float16
+_Part: TypeAlias = Literal["k8", "k4", "v8", "v4"]
 
 _native = _core.kernels
 # An INFEROS_ISA that cannot run here is a ConfigError now: where kernels are used, nothing may throw.
 _native.active_isa()
 
 _BLOCK_TOKENS = 64
+_HALF, _SINGLE = np.dtype(np.float16), np.dtype(np.float32)
+_QUANTIZE = {part: getattr(_native, f"quantize_{part}") for part in ("k8", "k4", "v8", "v4")}
+_DEQUANTIZE = {part: getattr(_native, f"dequantize_{part}") for part in ("k8", "k4", "v8", "v4")}
 
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """Keys or values of one block, quantised. The value of a code is ``minimum + scale * code``.
+    """Keys or values of blocks, quantised. The value of a code is ``minimum + scale * code``.
+
+    All arrays have the blocks' dimensions first, none for one block.
 
     Parameters
     ----------
     part : "k8", "k4", "v8" or "v4"
         Keys (a grid per channel) or values (a grid per token), and the bits of a code.
     tokens : int
-        Tokens that were quantised, 1 to 64; the codes of the others are 0.
+        Tokens of each block that were quantised, 1 to 64; the codes of the others are 0.
     head_dim : int
         Channels.
     codes : uint8, for v8 int8
-        In the order of the block format: keys ``(2, head_dim / 4, 32 tokens, 4 channels)`` with 8 bits and
-        ``(2, head_dim / 8, 32 tokens, 4)`` with 4, values ``(head_dim / 16, 16, 16 channels, 4 tokens)`` with 8 bits
-        and ``(head_dim / 16, 8, 16 channels, 4)`` with 4. A byte of 4-bit codes has items j below and 4 + j above.
-    scales : (head_dim,) for keys, (64,) for values, float16
+        In the order of the block format: keys ``(..., 2, head_dim / 4, 32 tokens, 4 channels)`` with 8 bits and
+        ``(..., 2, head_dim / 8, 32 tokens, 4)`` with 4, values ``(..., head_dim / 16, 16, 16 channels, 4 tokens)`` with
+        8 bits and ``(..., head_dim / 16, 8, 16 channels, 4)`` with 4. A byte of 4-bit codes has items j below and 4 + j
+        above.
+    scales : (..., head_dim) for keys, (..., 64) for values, float16
     minima : as scales, or None for v8, which is symmetric around 0
     """
 
-    part: Literal["k8", "k4", "v8", "v4"]
+    part: _Part
     tokens: int
     head_dim: int
     codes: npt.NDArray[np.uint8] | npt.NDArray[np.int8]
@@ -76,7 +86,7 @@ class Quantized:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes, scales and minima, as they stand in a block."""
+        """Bytes of codes, scales and minima, as they stand in the blocks."""
         return self.codes.nbytes + self.scales.nbytes + (0 if self.minima is None else self.minima.nbytes)
 
 
@@ -90,13 +100,26 @@ def active_isa() -> str:
     return str(_native.active_isa())
 
 
-def _quantized(part: Literal["k8", "k4", "v8", "v4"], x: _Rows, isa: str) -> Quantized:
-    if x.dtype == np.uint16:
-        raise TypeError(f"quantize: x has dtype {x.dtype}, wanted float32 or float16")
-    bits = x.view(np.uint16) if x.dtype == np.float16 else x
-    codes, scales = getattr(_native, f"quantize_{part}")(bits, isa=isa)
-    grid = scales.view(np.float16)
-    return Quantized(part, x.shape[0], x.shape[1], codes, grid[0], grid[1] if len(grid) == 2 else None)
+def _empty(part: _Part, x: _Rows) -> Quantized:
+    """Arrays for the quantised x, with what x's shape says whether it is right or not: the native side checks."""
+    tokens, d = x.shape[-2:] if x.ndim >= 2 else (0, 0)
+    blocks, bits = x.shape[:-2], int(part[1])
+    tiles = (2, d * bits // 32, 32, 4) if part[0] == "k" else (d // 16, 2 * bits, 16, 4)
+    grids = (*blocks, d if part[0] == "k" else _BLOCK_TOKENS)
+    codes = np.empty((*blocks, *tiles), np.int8 if part == "v8" else np.uint8)
+    minima = None if part == "v8" else np.empty(grids, np.float16)
+    return Quantized(part, tokens, d, codes, np.empty(grids, np.float16), minima)
+
+
+def _quantized(part: _Part, x: _Rows, isa: str, out: Quantized | None) -> Quantized:
+    if out is None:
+        out = _empty(part, x)
+    elif (out.part, out.tokens, out.head_dim) != (part, *x.shape[-2:]):
+        raise ShapeError(
+            f"quantize_{part}: out is {out.part} of {out.tokens} tokens, head_dim {out.head_dim}; x has shape {x.shape}"
+        )
+    _QUANTIZE[part](x, out.codes, out.scales, out.minima, isa)
+    return out
 
 
 def _width(function: str, bits: int) -> Literal[8, 4]:
@@ -107,7 +130,7 @@ def _width(function: str, bits: int) -> Literal[8, 4]:
     raise ConfigError(f"{function}: bits is {bits!r}, wanted 8 or 4")
 
 
-def quantize_k(x: _Rows, bits: int = 8, *, isa: str = "") -> Quantized:
+def quantize_k(x: _Rows, bits: int = 8, *, isa: str = "", out: Quantized | None = None) -> Quantized:
     """Quantise keys: one asymmetric grid per channel over the tokens.
 
     Per channel because keys have outlier channels, which would spoil a grid they share with others
@@ -115,9 +138,12 @@ def quantize_k(x: _Rows, bits: int = 8, *, isa: str = "") -> Quantized:
 
     Parameters
     ----------
-    x : (tokens, head_dim) float32 or float16
+    x : (..., tokens, head_dim) float32 or float16
+        1 to 64 tokens a block, any number of blocks.
     bits : 8 or 4
     isa : str
+    out : Quantized, optional
+        Written and returned: what an earlier call for the same shape returned.
 
     Returns
     -------
@@ -129,23 +155,26 @@ def quantize_k(x: _Rows, bits: int = 8, *, isa: str = "") -> Quantized:
     TypeError
         If x is of another dtype, or not C-contiguous.
     ShapeError
-        If x is not (1..64, a valid head_dim).
+        If x is not (..., 1..64, a valid head_dim), or `out` is for another shape.
     ConfigError
         If bits is neither 8 nor 4, or isa cannot run here.
     """
-    return _quantized("k8" if _width("quantize_k", bits) == 8 else "k4", x, isa)
+    return _quantized("k8" if _width("quantize_k", bits) == 8 else "k4", x, isa, out)
 
 
-def quantize_v(x: _Rows, bits: int = 8, *, isa: str = "") -> Quantized:
+def quantize_v(x: _Rows, bits: int = 8, *, isa: str = "", out: Quantized | None = None) -> Quantized:
     """Quantise values: one grid per token over the channels, symmetric with 8 bits, asymmetric with 4.
 
     Blocks rotate values before 4 bits; this function does not (see `rotate`).
 
     Parameters
     ----------
-    x : (tokens, head_dim) float32 or float16
+    x : (..., tokens, head_dim) float32 or float16
+        1 to 64 tokens a block, any number of blocks.
     bits : 8 or 4
     isa : str
+    out : Quantized, optional
+        Written and returned: what an earlier call for the same shape returned.
 
     Returns
     -------
@@ -157,21 +186,25 @@ def quantize_v(x: _Rows, bits: int = 8, *, isa: str = "") -> Quantized:
     TypeError
         If x is of another dtype, or not C-contiguous.
     ShapeError
-        If x is not (1..64, a valid head_dim).
+        If x is not (..., 1..64, a valid head_dim), or `out` is for another shape.
     ConfigError
         If bits is neither 8 nor 4, or isa cannot run here.
     """
-    return _quantized("v8" if _width("quantize_v", bits) == 8 else "v4", x, isa)
+    return _quantized("v8" if _width("quantize_v", bits) == 8 else "v4", x, isa, out)
 
 
-def _dequantized(q: Quantized, half: bool, isa: str) -> _Rows:
-    scales = np.stack([q.scales] if q.minima is None else [q.scales, q.minima])
-    x = getattr(_native, f"dequantize_{q.part}")(q.codes, scales.view(np.uint16), half=half, isa=isa)
-    rows: _Rows = (x.view(np.float16) if half else x)[: q.tokens]
+def _dequantized(q: Quantized, half: bool, isa: str, out: _Rows | None) -> _Rows:
+    dtype = _HALF if half else _SINGLE
+    rows = np.empty((*q.codes.shape[:-4], q.tokens, q.head_dim), dtype) if out is None else out
+    if rows.dtype != dtype:
+        raise TypeError(f"dequantize_{q.part}: out has dtype {rows.dtype}, wanted {dtype}")
+    if rows.shape[-2:] != (q.tokens, q.head_dim):
+        raise ShapeError(f"dequantize_{q.part}: out has shape {rows.shape}, wanted (..., {q.tokens}, {q.head_dim})")
+    _DEQUANTIZE[q.part](q.codes, q.scales, q.minima, rows, isa)
     return rows
 
 
-def dequantize_k(q: Quantized, *, half: bool = False, isa: str = "") -> _Rows:
+def dequantize_k(q: Quantized, *, half: bool = False, isa: str = "", out: _Rows | None = None) -> _Rows:
     """Keys back from `quantize_k`.
 
     Parameters
@@ -180,22 +213,26 @@ def dequantize_k(q: Quantized, *, half: bool = False, isa: str = "") -> _Rows:
     half : bool, default False
         float16 instead of float32; beyond ±65504 it saturates.
     isa : str
+    out : (..., tokens, head_dim) float32, or float16 where half, optional
+        Written and returned.
 
     Returns
     -------
-    (tokens, head_dim) float32 or float16
+    (..., tokens, head_dim) float32 or float16
 
     Raises
     ------
+    TypeError
+        If `out` is of another dtype, or not C-contiguous.
     ShapeError
         If q holds values, or its arrays do not fit together.
     """
     if q.part[0] != "k":
         raise ShapeError(f"dequantize_k: q is {q.part!r}, wanted keys: k8 or k4")
-    return _dequantized(q, half, isa)
+    return _dequantized(q, half, isa, out)
 
 
-def dequantize_v(q: Quantized, *, half: bool = False, isa: str = "") -> _Rows:
+def dequantize_v(q: Quantized, *, half: bool = False, isa: str = "", out: _Rows | None = None) -> _Rows:
     """Values back from `quantize_v`, rotated if they were.
 
     Parameters
@@ -204,46 +241,53 @@ def dequantize_v(q: Quantized, *, half: bool = False, isa: str = "") -> _Rows:
     half : bool, default False
         float16 instead of float32; beyond ±65504 it saturates.
     isa : str
+    out : (..., tokens, head_dim) float32, or float16 where half, optional
+        Written and returned.
 
     Returns
     -------
-    (tokens, head_dim) float32 or float16
+    (..., tokens, head_dim) float32 or float16
 
     Raises
     ------
+    TypeError
+        If `out` is of another dtype, or not C-contiguous.
     ShapeError
         If q holds keys, or its arrays do not fit together.
     """
     if q.part[0] != "v":
         raise ShapeError(f"dequantize_v: q is {q.part!r}, wanted values: v8 or v4")
-    return _dequantized(q, half, isa)
+    return _dequantized(q, half, isa, out)
 
 
-def rotate(x: _Float32, *, isa: str = "") -> _Float32:
-    """Rotate rows by the orthonormal Hadamard transform that blocks apply to values before 4 bits.
+def rotate(x: _Float32, *, isa: str = "", out: _Float32 | None = None) -> _Float32:
+    """Apply the orthonormal Walsh-Hadamard transform that blocks apply to values before 4 bits.
 
     It works on chunks of ``min(128, the largest power of two that divides head_dim)`` channels, and is its own inverse
     up to rounding (https://arxiv.org/abs/2404.00456).
 
     Parameters
     ----------
-    x : (rows, head_dim) float32
+    x : (..., rows, head_dim) float32
     isa : str
+    out : (..., rows, head_dim) float32, optional
+        Written and returned; here it may be x itself.
 
     Returns
     -------
-    (rows, head_dim) float32
+    (..., rows, head_dim) float32
 
     Raises
     ------
     ShapeError
-        If x is not two-dimensional with a valid head_dim.
+        If x is not at least two-dimensional with a valid head_dim, or `out` has another shape.
     """
-    rotated: _Float32 = _native.rotate(x, isa=isa)
+    rotated = np.empty_like(x) if out is None else out
+    _native.rotate(x, rotated, isa=isa)
     return rotated
 
 
-def to_f16(x: _Float32, *, saturate: bool = False, isa: str = "") -> _Float16:
+def to_f16(x: _Float32, *, saturate: bool = False, isa: str = "", out: _Float16 | None = None) -> _Float16:
     """Convert to float16, to nearest, ties to even.
 
     Parameters
@@ -252,27 +296,55 @@ def to_f16(x: _Float32, *, saturate: bool = False, isa: str = "") -> _Float16:
     saturate : bool, default False
         Beyond ±65504, infinity included, becomes ±65504 instead of infinity. NaN stays NaN.
     isa : str
+    out : float16 of the same shape, optional
+        Written and returned.
 
     Returns
     -------
     float16 of the same shape
-    """
-    half: _Float16 = _native.f32_to_f16(x, saturate=saturate, isa=isa).view(np.float16)
-    return half
-
-
-def to_f32(x: _Float16, *, isa: str = "") -> _Float32:
-    """Convert float16 of any shape to float32, exactly.
 
     Raises
     ------
     TypeError
-        If x is of another dtype, or not C-contiguous.
+        If an array is of another dtype, or not C-contiguous.
+    ShapeError
+        If `out` has another shape.
     """
-    if x.dtype != np.float16:
-        raise TypeError(f"to_f32: x has dtype {x.dtype}, wanted float16")
-    single: _Float32 = _native.f16_to_f32(x.view(np.uint16), isa=isa)
+    half = np.empty(x.shape, np.float16) if out is None else out
+    _native.f32_to_f16(x, _bits(half, "to_f16: out"), saturate=saturate, isa=isa)
+    return half
+
+
+def to_f32(x: _Float16, *, isa: str = "", out: _Float32 | None = None) -> _Float32:
+    """Convert float16 of any shape to float32, exactly.
+
+    Parameters
+    ----------
+    x : float16, any shape
+    isa : str
+    out : float32 of the same shape, optional
+        Written and returned.
+
+    Returns
+    -------
+    float32 of the same shape
+
+    Raises
+    ------
+    TypeError
+        If an array is of another dtype, or not C-contiguous.
+    ShapeError
+        If `out` has another shape.
+    """
+    single = np.empty(x.shape, np.float32) if out is None else out
+    _native.f16_to_f32(_bits(x, "to_f32: x"), single, isa=isa)
     return single
+
+
+def _bits(half: _Float16, what: str) -> npt.NDArray[np.uint16]:
+    if half.dtype != np.float16:
+        raise TypeError(f"{what} has dtype {half.dtype}, wanted float16")
+    return half.view(np.uint16)
 
 
 def pack_block(block_format: BlockFormat, k: _Float32, v: _Float32) -> npt.NDArray[np.uint8]:

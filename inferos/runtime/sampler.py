@@ -13,7 +13,10 @@ In this order: repetition penalty, temperature, top-k, top-p, min-p, draw.
   number of tokens accepted so far.
 
 Only finite logits take part. The reported log-probability is the model's own: log-softmax of the unmodified logits
-over the finite ones, in nats, whatever the options did to the choice.
+over the finite ones, in nats, whatever the options did to the choice, to within 1e-6. (Sums over the whole vocabulary
+are those of csrc/kernels/logits.hpp: relative error below 1e-6, about what rounding the logits to float32 does.)
+
+The work is two passes over the vocabulary at the speed of memory; nothing is sorted but what may be kept.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 
+import inferos.kv  # noqa: F401  loads libinferos, which _sampler needs, and refuses an INFEROS_ISA that cannot run
 from inferos.errors import ConfigError, ModelError, ShapeError
 from inferos.runtime._sampler import SamplerCore
 from inferos.runtime.protocols import Float32, Ids
@@ -33,6 +37,7 @@ from inferos.runtime.protocols import Float32, Ids
 __all__ = ["Choice", "Sampler", "SamplingOptions"]
 
 MAX_SEED = (1 << 64) - 1
+_FLOAT32 = np.dtype(np.float32)
 
 
 class Choice(NamedTuple):
@@ -125,9 +130,9 @@ class Sampler:
         ModelError
             If no logit is finite.
         """
-        if logits.ndim != 1 or logits.size == 0 or logits.dtype != np.float32:
+        if logits.ndim != 1 or logits.size == 0 or logits.dtype != _FLOAT32:
             raise ShapeError(f"Sampler.next: logits are {logits.dtype} {logits.shape}, wanted float32 (vocab_size,)")
-        chosen, logprob = self._core.next(np.ascontiguousarray(logits))
+        chosen, logprob = self._core.next(logits if logits.flags.c_contiguous else np.ascontiguousarray(logits))
         if chosen < 0:
             raise ModelError(f"Sampler.next: none of {logits.size} logits is finite")
         return Choice(chosen, logprob)

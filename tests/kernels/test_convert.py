@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from quantize_cases import ISAS
 
-from inferos.errors import ConfigError
+from inferos.errors import ConfigError, ShapeError
 from inferos.kv import kernels
 
 HALVES = np.arange(65536, dtype=np.uint32).astype(np.uint16).view(np.float16)
@@ -96,3 +96,19 @@ def test_other_dtypes_and_isas_are_refused() -> None:
         kernels.to_f32(np.zeros(3, np.uint16))
     with pytest.raises(ConfigError, match="'neon9' cannot run here"):
         kernels.to_f16(np.zeros(3, np.float32), isa="neon9")
+
+
+def test_a_result_goes_where_the_caller_wants_it() -> None:
+    x = np.random.default_rng(2).standard_normal((3, 50)).astype(np.float32)
+    half, single = np.empty((3, 50), np.float16), np.empty((3, 50), np.float32)
+    assert kernels.to_f16(x, out=half) is half
+    assert kernels.to_f32(half, out=single) is single
+    assert (half == x.astype(np.float16)).all()
+    assert (single == half).all()
+    with pytest.raises(ShapeError, match="to_f16: out has shape"):
+        kernels.to_f16(x, out=half[:2])
+    with pytest.raises(TypeError):
+        kernels.to_f16(x, out=single)  # type: ignore[arg-type]
+    single.setflags(write=False)
+    with pytest.raises(ValueError, match="not writeable"):
+        kernels.to_f32(half, out=single)

@@ -69,7 +69,7 @@ def test_the_rows_given_are_not_changed() -> None:
     assert (x == 1).all()
 
 
-@pytest.mark.parametrize("shape", [(16,), (2, 8), (2, 0), (2, 100), (2, 512), (1, 2, 16)])
+@pytest.mark.parametrize("shape", [(16,), (2, 8), (2, 0), (2, 100), (2, 512), (1, 2, 8)])
 def test_shapes_that_do_not_fit_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ShapeError, match="rotate"):
         kernels.rotate(np.zeros(shape, np.float32))
@@ -84,3 +84,14 @@ def test_other_dtypes_are_refused() -> None:
 
 def test_no_rows_are_fine() -> None:
     assert kernels.rotate(np.zeros((0, 32), np.float32)).shape == (0, 32)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_leading_dimensions_are_more_rows_and_the_result_may_take_the_place_of_the_rows(isa: str) -> None:
+    x = np.random.default_rng(3).standard_normal((3, 7, 2, 96)).astype(np.float32)
+    wanted = kernels.rotate(x.reshape(-1, 96), isa=isa).reshape(x.shape)
+    assert (kernels.rotate(x, isa=isa) == wanted).all()
+    assert kernels.rotate(x, isa=isa, out=x) is x
+    assert (x == wanted).all()
+    with pytest.raises(ShapeError, match="out has shape"):
+        kernels.rotate(x, out=np.empty((3, 7, 1, 96), np.float32))

@@ -201,7 +201,7 @@ def test_unaligned_rows_give_the_same_bits(part: str) -> None:
         assert same_bits(quantize(part, x, isa), quantize(part, shifted, isa))
 
 
-@pytest.mark.parametrize("shape", [(0, 32), (65, 32), (4, 0), (4, 8), (4, 20), (4, 272), (64,), (1, 4, 32)])
+@pytest.mark.parametrize("shape", [(0, 32), (65, 32), (4, 0), (4, 8), (4, 20), (4, 272), (64,), (1, 65, 32)])
 @pytest.mark.parametrize("part", PARTS)
 def test_shapes_that_do_not_fit_are_refused(part: str, shape: tuple[int, ...]) -> None:
     with pytest.raises(ShapeError, match=f"quantize_{part}"):
@@ -242,7 +242,55 @@ def test_quantized_parts_that_do_not_fit_are_refused() -> None:
         kernels.dequantize_k(dataclasses.replace(q, scales=q.scales[:16], minima=q.minima[:16]))
     with pytest.raises(ShapeError, match="codes"):
         kernels.dequantize_k(dataclasses.replace(q, codes=np.zeros((1, 8, 32, 4), np.uint8)))
-    with pytest.raises(ShapeError, match="head_dim"):
+    with pytest.raises(ShapeError, match="codes"):
         kernels.dequantize_k(dataclasses.replace(q, codes=q.codes.ravel()))
     with pytest.raises(TypeError):
         kernels.dequantize_k(dataclasses.replace(q, codes=q.codes.astype(np.int32)))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_blocks_give_what_each_gives_alone(part: str, isa: str, dtype: type) -> None:
+    for tokens in (64, 20):
+        x = make(SHAPES[0], tokens, 6 * tokens, 48, dtype).reshape(2, 3, tokens, 48)
+        q = quantize(part, x, isa)
+        assert q.codes.shape[:2] == q.scales.shape[:2] == (2, 3)
+        for half in (False, True):
+            values = dequantize(q, half=half, isa=isa)
+            assert values.shape == x.shape
+            for at in np.ndindex(2, 3):
+                alone = quantize(part, x[at], isa)
+                minima = None if q.minima is None else q.minima[at]
+                assert same_bits(alone, dataclasses.replace(q, codes=q.codes[at], scales=q.scales[at], minima=minima))
+                assert (values[at] == dequantize(alone, half=half, isa=isa)).all()
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_results_go_where_the_caller_wants_them(part: str) -> None:
+    quantizer = kernels.quantize_k if part[0] == "k" else kernels.quantize_v
+    dequantizer = kernels.dequantize_k if part[0] == "k" else kernels.dequantize_v
+    first, second = (make(SHAPES[0], seed, 4 * 64, 32, np.float32).reshape(4, 64, 32) for seed in (1, 2))
+    out = quantizer(first, int(part[1]))
+    assert quantizer(second, int(part[1]), out=out) is out
+    assert same_bits(out, quantizer(second, int(part[1])))
+    rows = np.empty((4, 64, 32), np.float16)
+    assert dequantizer(out, half=True, out=rows) is rows
+    assert (rows == dequantizer(out, half=True)).all()
+    for bad in (first[:, :63], first[..., :16], first[:3]):
+        with pytest.raises(ShapeError, match=f"quantize_{part}"):
+            quantizer(np.ascontiguousarray(bad), int(part[1]), out=out)
+    with pytest.raises(ShapeError, match="out is"):
+        quantizer(first, 12 - int(part[1]), out=out)
+    with pytest.raises(TypeError, match="out has dtype float16, wanted float32"):
+        dequantizer(out, out=rows)
+    with pytest.raises(ShapeError, match="out has shape"):
+        dequantizer(out, half=True, out=rows[:, :50])
+    with pytest.raises(ShapeError, match="codes has shape"):
+        dequantizer(out, half=True, out=rows[:2])
+
+
+def test_no_blocks_are_fine() -> None:
+    q = kernels.quantize_k(np.zeros((0, 64, 32), np.float32))
+    assert q.codes.shape == (0, 2, 8, 32, 4)
+    assert kernels.dequantize_k(q).shape == (0, 64, 32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -60,7 +61,9 @@ OPTIONS = st.builds(
 
 
 @settings(max_examples=400, deadline=None)
-@given(options=OPTIONS, size=st.integers(1, 700), scale=st.sampled_from([0.01, 1.0, 8.0]), data=st.integers(0, 1 << 30))
+@given(
+    options=OPTIONS, size=st.integers(1, 3000), scale=st.sampled_from([0.01, 1.0, 8.0]), data=st.integers(0, 1 << 30)
+)
 def test_equals_the_numpy_oracle(options: SamplingOptions, size: int, scale: float, data: int) -> None:
     rng = np.random.default_rng(data)
     logits = (rng.standard_normal(size) * scale).astype(np.float32)
@@ -74,6 +77,26 @@ def test_equals_the_numpy_oracle(options: SamplingOptions, size: int, scale: flo
         assert found == oracle(logits, options, draw, seen), f"draw {draw}"
         sampler.accept(found)
         seen.add(found)
+
+
+@pytest.mark.parametrize("sort", [False, True])
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_large_vocabulary_equals_the_numpy_oracle(sort: bool, flat: bool) -> None:
+    """Where few chunks hold all that counts, and where all of them do."""
+    rng = np.random.default_rng(3)
+    logits = (rng.standard_normal(40_000) * (0.001 if flat else 3)).astype(np.float32)
+    logits[rng.random(logits.size) < 0.3] = np.nan
+    logits[rng.integers(0, logits.size, 5000)] = 4.25  # ties across the edge
+    if sort:
+        logits.sort()
+    for top_k, top_p, min_p, penalty in itertools.product(
+        [0, 1, 50, 30_000], [0.4, 0.95, 1.0], [0, 0.1], [1, 1.2, 0.9]
+    ):
+        options = SamplingOptions(1.1, top_k, top_p, min_p, penalty, seed=7)
+        sampler = Sampler(options)
+        seen = {int(i) for i in rng.integers(0, logits.size, 200)}
+        sampler.observe(np.array(sorted(seen)))
+        assert sampler.next(logits).id == oracle(logits, options, 0, seen), options
 
 
 def test_ties_go_to_the_lower_id() -> None:
@@ -141,7 +164,7 @@ def test_logprob_is_the_log_softmax_of_the_unmodified_logits() -> None:
     choice = sampler.next(logits)
     z = logits.astype(np.float64)
     wanted = z[choice.id] - z.max() - math.log(np.exp(z - z.max()).sum())
-    assert choice.logprob == pytest.approx(wanted, abs=1e-12)
+    assert choice.logprob == pytest.approx(wanted, abs=1e-6)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -190,7 +190,9 @@ bool extremes_of_columns(const T* x, std::size_t tokens, std::size_t d, float* t
   __m512 low[kColumns];
   __m512 high[kColumns];
   for (std::size_t i = 0; i < kColumns; ++i) low[i] = high[i] = load<kClean>(x + i * kLanes);
-  unsigned bad = 0;
+  // A masked comparison that finds a NaN in either operand, one chain for two columns.
+  __mmask16 ordered[(kColumns + 1) / 2];
+  for (__mmask16& mask : ordered) mask = 0xFFFF;
   for (std::size_t t = 0; t < tokens; ++t) {
     __m512 v[kColumns];
     for (std::size_t i = 0; i < kColumns; ++i) {
@@ -198,16 +200,18 @@ bool extremes_of_columns(const T* x, std::size_t tokens, std::size_t d, float* t
       low[i] = _mm512_min_ps(low[i], v[i]);
       high[i] = _mm512_max_ps(high[i], v[i]);
     }
-    for (std::size_t i = 0; i < kColumns; i += 2) {  // one comparison finds a NaN in either operand
-      bad |= _mm512_cmp_ps_mask(v[i], v[i + 1 < kColumns ? i + 1 : i], _CMP_UNORD_Q);
+    for (std::size_t i = 0; i < kColumns; i += 2) {
+      ordered[i / 2] = _mm512_mask_cmp_ps_mask(ordered[i / 2], v[i], v[i + 1 < kColumns ? i + 1 : i], _CMP_ORD_Q);
     }
   }
+  bool good = true;
+  for (const __mmask16 mask : ordered) good &= mask == 0xFFFF;
   for (std::size_t i = 0; i < kColumns; ++i) {
     _mm512_store_ps(to_low + i * kLanes, low[i]);
     _mm512_store_ps(to_high + i * kLanes, high[i]);
-    bad |= static_cast<unsigned>(beyond_f16(low[i], high[i]));
+    good &= !beyond_f16(low[i], high[i]);
   }
-  return bad == 0;
+  return good;
 }
 
 template <bool kClean, class T>
