@@ -3,6 +3,7 @@
 
 #include "kernels/hadamard.hpp"
 #include "kernels/logits.hpp"
+#include "kernels/panels.hpp"
 #include "kernels/quantize.hpp"
 #include "kernels/read.hpp"
 
@@ -11,6 +12,7 @@ extern const Convert kConvert;
 extern const Quantize kQuantize;
 extern const Hadamard kHadamard;
 extern const Logits kLogits;
+extern const Panels kPanels;
 extern const Read kRead;
 }  // namespace inferos::kernels::scalar
 
@@ -19,6 +21,7 @@ extern const Convert kConvert;
 extern const Quantize kQuantize;
 extern const Hadamard kHadamard;
 extern const Logits kLogits;
+extern const Panels kPanels;
 extern const Read kRead;
 }  // namespace inferos::kernels::avx2
 

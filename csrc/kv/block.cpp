@@ -16,6 +16,10 @@ kernels::BlockRows& scratch() {
 
 void convert_block(const Block& from, std::size_t tokens, std::size_t head_dim, Block& to) {
   kernels::BlockRows& rows = scratch();
+  if (from.format() == Format::kF16) {
+    kernels::f16_to_block(to.format(), from.data(), head_dim, from.capacity(), tokens, rows, to.data());
+    return;
+  }
   kernels::block_to_rows(from.format(), from.data(), head_dim, from.capacity(), tokens, rows);
   kernels::rows_to_block(to.format(), rows, tokens, head_dim, to.data());
 }
