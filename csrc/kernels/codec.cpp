@@ -1,5 +1,9 @@
 #include "kernels/codec.hpp"
 
+#if defined(INFEROS_X86)
+#include <xmmintrin.h>
+#endif
+
 #include "kernels/hadamard.hpp"
 #include "kernels/panels.hpp"
 #include "kernels/quantize.hpp"
@@ -47,6 +51,17 @@ void rotate_f16(const std::uint16_t* v, std::size_t n, std::size_t d, float* rot
 }
 
 }  // namespace
+
+void prefetch([[maybe_unused]] const std::byte* data, [[maybe_unused]] std::size_t bytes) noexcept {
+#if defined(INFEROS_X86)
+  for (std::size_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(data) + i, _MM_HINT_T1);
+#endif
+}
+
+void prefetch_rows(const float* x, std::size_t stride, std::size_t d, std::size_t rows) noexcept {
+  for (std::size_t i = 0; i < rows; ++i)
+    prefetch(reinterpret_cast<const std::byte*>(x + i * stride), d * sizeof(float));
+}
 
 void store_f16_tokens(std::byte* block, std::size_t d, std::size_t capacity, std::size_t first, std::size_t count,
                       const float* k, const float* v, std::size_t stride) noexcept {
@@ -106,24 +121,34 @@ void rows_to_block(Format format, BlockRows& rows, std::size_t tokens, std::size
 }
 
 void f16_to_block(Format format, const std::byte* f16, std::size_t d, std::size_t capacity, std::size_t tokens,
-                  BlockRows& scratch, std::byte* block) noexcept {
+                  const std::byte* next, BlockRows& scratch, std::byte* block) noexcept {
   const BlockLayout layout = packed_layout(format, d);
   const QuantizeOf<std::uint16_t>& kernels = quantize().f16;
   const auto* from_k = at<std::uint16_t>(f16, 0);
   const auto* from_v = at<std::uint16_t>(f16, capacity * d * 2);
   auto* v_scales = at<std::uint16_t>(block, layout.v_scales);
+  // In quarters, between the parts of the work: all at once would wait for the memory that it is to hide.
+  const std::size_t quarter = f16_block_bytes(d, capacity) / 4;
+  const auto fetch = [&](std::size_t part) {
+    if (next != nullptr) prefetch(next + part * quarter, quarter);
+  };
+  fetch(0);
   alignas(64) std::uint16_t k[kBlockTokens * kMaxHeadDim];
   for (std::size_t first = 0; first < tokens; first += kPanel) panels().load(from_k + first * d, d, k + first * d);
+  fetch(1);
   const auto pack_k = format == Format::kInt4 ? kernels.k4 : kernels.k8;
   pack_k(k, tokens, d, at<std::uint8_t>(block, layout.k_codes), at<std::uint16_t>(block, layout.k_scales));
+  fetch(2);
   if (format == Format::kInt8) {
     kernels.v8(from_v, tokens, d, at<std::int8_t>(block, layout.v_codes), v_scales);
+    fetch(3);
     return;
   }
   for (std::size_t first = 0; first < tokens; first += kPanel) {  // some rows at a time: they stay in L1
     const std::size_t count = tokens - first < kPanel ? tokens - first : kPanel;
     rotate_f16(from_v + first * d, count * d, d, scratch.v + first * d);
   }
+  fetch(3);
   quantize().f32.v4(scratch.v, tokens, d, at<std::uint8_t>(block, layout.v_codes), v_scales);
 }
 

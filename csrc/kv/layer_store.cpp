@@ -122,7 +122,8 @@ void LayerStore::settle(const Grid& grid, std::size_t head, Reservation& reserva
     BlockPtr old = heads_[head].blocks[index - first_];
     if (old->format() != Format::kF16) continue;
     BlockPtr& packed = reservation.packed[head][next++];
-    convert_block(*old, grid[index].tokens, shape_.head_dim, *packed);
+    const Block* following = index + 1 < grid.due() ? heads_[head].blocks[index + 1 - first_].get() : nullptr;
+    convert_block(*old, grid[index].tokens, shape_.head_dim, *packed, following);
     replace(head, grid[index], index, std::move(packed));
     if (reservation.fresh[head].size() < reservation.entries) reservation.fresh[head].push_back(std::move(old));
   }
@@ -155,6 +156,12 @@ void LayerStore::write(const Grid& grid, std::size_t head, std::int64_t from, st
     const GridEntry& entry = grid[index];
     const Block& block = *heads_[head].blocks[index - first_];
     const std::int64_t end = std::min<std::int64_t>(entry.end(), to);
+    const auto ahead = static_cast<std::size_t>(std::min<std::int64_t>(to - end, kBlockTokens));
+    const std::size_t following = static_cast<std::size_t>(end - from) * row + head * d;
+    if (ahead > 0) {
+      kernels::prefetch_rows(k + following, row, d, ahead);
+      kernels::prefetch_rows(v + following, row, d, ahead);
+    }
     put(block, entry.start, p, end);
     if (views.empty() || views.back().start != entry.start) views.push_back(view_of(block, entry.start, 0));
     views.back().end = static_cast<std::uint16_t>(end - entry.start);
