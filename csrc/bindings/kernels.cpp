@@ -17,6 +17,7 @@
 #include "core/error.hpp"
 #include "kernels/codec.hpp"
 #include "kernels/hadamard.hpp"
+#include "kernels/importance.hpp"
 #include "kernels/logits.hpp"
 #include "kernels/quantize.hpp"
 
@@ -326,6 +327,25 @@ Array<std::int32_t> logits_at_least(const Array<float>& x, float threshold, cons
   return Array<std::int32_t>(static_cast<py::ssize_t>(count), positions.data());
 }
 
+const kernels::Importance& importance_of(std::string_view isa) {
+  return table_of(kernels::importance_runnable(), kernels::importance, isa);
+}
+
+void importance_fold(py::array average, const Array<float>& mass, float keep, float add, const std::string& isa) {
+  const std::size_t n = checked_range(mass.size(), 1, kBlockTokens, "importance_fold: tokens");
+  require_half("importance_fold", "average", average);
+  require_shape("importance_fold", "average", average, {mass.size()});
+  importance_of(isa).fold(mutable_halves(average), mass.data(), n, keep, add);
+}
+
+double importance_heaviest(const py::array& average, const py::array& norm, const std::string& isa) {
+  const std::size_t n = checked_range(average.size(), 1, kBlockTokens, "importance_heaviest: tokens");
+  require_half("importance_heaviest", "average", average);
+  require_half("importance_heaviest", "norm", norm);
+  require_shape("importance_heaviest", "norm", norm, {average.size()});
+  return importance_of(isa).heaviest(halves(average), halves(norm), n);
+}
+
 Format format_named(std::string_view name) {
   const auto found = std::find(kFormatNames.begin(), kFormatNames.end(), name);
   if (found != kFormatNames.end()) return static_cast<Format>(found - kFormatNames.begin());
@@ -410,6 +430,11 @@ void add_kernels(py::module_& core) {
         py::arg("isa") = "", "The sum of exp((x - top) * inverse_temperature), and that of each chunk of 512");
   m.def("logits_at_least", &logits_at_least, py::arg("x").noconvert(), py::arg("threshold"), py::arg("isa") = "",
         "Positions of the finite logits that reach the threshold");
+  m.def("importance_fold", &importance_fold, py::arg("average").noconvert(), py::arg("mass").noconvert(),
+        py::arg("keep"), py::arg("add"), py::arg("isa") = "",
+        "average (tokens,) float16 in place: average * keep + mass * add where that is positive");
+  m.def("importance_heaviest", &importance_heaviest, py::arg("average").noconvert(), py::arg("norm").noconvert(),
+        py::arg("isa") = "", "The sum of the 8 largest products");
   m.def("pack_block", &pack_block, py::arg("format"), py::arg("k").noconvert(), py::arg("v").noconvert(),
         "(tokens, head_dim) float32 keys and values -> the bytes of one block");
   m.def("unpack_block", &unpack_block, py::arg("format"), py::arg("block").noconvert(), py::arg("head_dim"),

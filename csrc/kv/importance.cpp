@@ -1,12 +1,13 @@
 #include "kv/importance.hpp"
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <cstring>
-#include <functional>
+#include <iterator>
+#include <numeric>
 #include <utility>
 
+#include "kernels/importance.hpp"
 #include "kernels/quantize.hpp"
 #include "kv/room.hpp"
 
@@ -15,12 +16,18 @@ namespace {
 
 constexpr float kMassUnit = 16384.0F;  // keeps the mass of one token in 10^6 a normal fp16
 constexpr float kHalfMax = 65504.0F;
-constexpr std::size_t kHeaviest = 8;           // tokens of a block that make its score
 constexpr std::size_t kDemotionsPerStep = 16;  // in one layer
 
 int level_of(Format format) noexcept { return std::min(static_cast<int>(format), 2); }  // L0, L1, L2
 
-using Tokens = std::array<float, kBlockTokens>;
+// The sum of squares. In lanes, which the compiler makes vectors of: one chain of additions would take ten times as long.
+float square(const float* row, std::size_t head_dim) noexcept {
+  float lanes[kernels::kHeadDimStep] = {};
+  for (std::size_t i = 0; i < head_dim; i += kernels::kHeadDimStep) {
+    for (std::size_t j = 0; j < kernels::kHeadDimStep; ++j) lanes[j] += row[i + j] * row[i + j];
+  }
+  return std::accumulate(std::begin(lanes), std::end(lanes), 0.0F);
+}
 
 template <class T>
 void drop_front(std::vector<T>& list, std::size_t count) noexcept {
@@ -43,6 +50,8 @@ std::vector<ScorePtr> LayerScores::reserve(Arena& arena, std::size_t fresh) {
   make_room(records_, taken.size());
   make_room(verdicts_, taken.size());
   make_room(weights_, fresh);
+  scores_.clear();
+  make_room(scores_, records_.size() + taken.size());
   ranking_.clear();
   make_room(ranking_, blocks() + fresh);
   return taken;
@@ -62,9 +71,7 @@ void LayerScores::write(const Grid& grid, std::int64_t from, std::int64_t to, co
     const std::size_t index = grid.find(p);
     const float* row = v + static_cast<std::size_t>(p - from) * heads_ * head_dim_;
     for (std::size_t h = 0; h < heads_; ++h, row += head_dim_) {
-      float sum = 0.0F;
-      for (std::size_t i = 0; i < head_dim_; ++i) sum += row[i] * row[i];
-      const float root = std::sqrt(sum);
+      const float root = std::sqrt(square(row, head_dim_));
       const float norm = root <= kHalfMax ? root : kHalfMax;  // NaN too: what cannot be ranked counts as heavy
       kernels::convert().f32_to_f16_saturate(&norm, 1, records_[at(h, index)]->norm() + (p - grid[index].start));
     }
@@ -116,6 +123,7 @@ LayerScores LayerScores::fork(Arena& arena) const {
   }
   copy.verdicts_ = verdicts_;
   copy.weights_ = weights_;
+  copy.scores_.reserve(records_.size());
   copy.ranking_.reserve(weights_.size());
   return copy;
 }
@@ -136,7 +144,7 @@ void LayerScores::fold(const Grid& grid, std::span<const float> mass, std::int64
   folded_at_ = visible;
   const auto keep = static_cast<float>(keep_);
   const auto add = static_cast<float>(1.0 - keep_) * kMassUnit;
-  Tokens average;
+  const auto fold_block = kernels::importance().fold;
   for (std::size_t i = 0; i < blocks() && grid[first_ + i].finished(); ++i) {
     if (again && weights_[i] > 0.0) continue;
     const GridEntry& entry = grid[first_ + i];
@@ -144,11 +152,7 @@ void LayerScores::fold(const Grid& grid, std::span<const float> mass, std::int64
     for (std::size_t h = 0; h < heads_; ++h) {
       std::uint16_t* stored = records_[at(h, first_ + i)]->average();
       const float* received = mass.data() + h * static_cast<std::size_t>(visible) + entry.start;
-      kernels::convert().f16_to_f32(stored, entry.tokens, average.data());
-      for (std::size_t t = 0; t < entry.tokens; ++t) {
-        average[t] = average[t] * keep + (received[t] > 0.0F ? received[t] * add : 0.0F);  // NaN adds nothing
-      }
-      kernels::convert().f32_to_f16_saturate(average.data(), entry.tokens, stored);
+      fold_block(stored, received, entry.tokens, keep, add);
     }
   }
 }
@@ -157,16 +161,8 @@ double LayerScores::score(const Grid& grid, std::size_t head, std::size_t index)
   if (index < first_ || index - first_ >= blocks() || weights_[index - first_] <= 0.0) return -1.0;
   const ScoreRecord& record = *records_[at(head, index)];
   const std::size_t tokens = grid[index].tokens;
-  Tokens value;
-  Tokens norm;
-  kernels::convert().f16_to_f32(record.average(), tokens, value.data());
-  kernels::convert().f16_to_f32(record.norm(), tokens, norm.data());
-  for (std::size_t t = 0; t < tokens; ++t) value[t] *= norm[t];
-  const std::size_t heaviest = std::min(kHeaviest, tokens);
-  std::partial_sort(value.begin(), value.begin() + static_cast<std::ptrdiff_t>(heaviest),
-                    value.begin() + static_cast<std::ptrdiff_t>(tokens), std::greater<>{});
-  double sum = 0.0;
-  for (std::size_t i = 0; i < heaviest; ++i) sum += static_cast<double>(value[i]);
+  const std::size_t heaviest = std::min(kernels::kHeaviest, tokens);
+  const double sum = kernels::importance().heaviest(record.average(), record.norm(), tokens);
   // The average starts at 0: dividing by its weights' sum gives young blocks their due.
   return sum / static_cast<double>(heaviest) / weights_[index - first_] / static_cast<double>(kMassUnit);
 }
@@ -180,7 +176,7 @@ Format LayerScores::format_of(int level) const noexcept {
 void LayerScores::rank(const Grid& grid, const LayerStore& store, std::size_t head) noexcept {
   ranking_.clear();
   for (std::size_t index = first_; index < grid.due(); ++index) {
-    const double worth = score(grid, head, index);
+    const double worth = scores_[at(head, index)];
     if (worth < 0.0) continue;
     const Format format = std::max(store.format(head, index), verdicts_[at(head, index)].held);
     ranking_.push_back({worth, index, level_of(format), format});
@@ -209,6 +205,10 @@ void LayerScores::review(const Grid& grid, const LayerStore& store, std::int64_t
   const bool due = (length + phase_) / kReviewInterval != (reviewed_at_ + phase_) / kReviewInterval;
   if (narrowest_ == Format::kF16 || !due) return;
   reviewed_at_ = length;
+  scores_.clear();
+  for (std::size_t index = first_; index < grid.due(); ++index) {  // in the order the records lie in memory
+    for (std::size_t head = 0; head < heads_; ++head) scores_.push_back(score(grid, head, index));
+  }
   for (std::size_t head = 0; head < heads_; ++head) {
     rank(grid, store, head);
     demote_lowest(2, 1.0 - thresholds_.l2);

@@ -117,6 +117,7 @@ class LayerScores {
   std::vector<ScorePtr> records_;  // at(head, index)
   std::vector<Verdict> verdicts_;  // at(head, index)
   std::vector<double> weights_;    // per block: what the average's weights sum to, 0 before the first sample
+  std::vector<double> scores_;     // scratch of a review, at(head, index)
   std::vector<Ranked> ranking_;    // scratch of a review, one entry per block
 };
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy
 import numpy.typing
 import typing
-__all__: list[str] = ['Attend', 'ReadBuffer', 'active_isa', 'attend_runnable', 'dequantize_k4', 'dequantize_k8', 'dequantize_v4', 'dequantize_v8', 'f16_to_f32', 'f32_to_f16', 'logits_at_least', 'logits_largest', 'logits_weigh', 'pack_block', 'quantize_k4', 'quantize_k8', 'quantize_v4', 'quantize_v8', 'rotate', 'runnable_isas', 'unpack_block']
+__all__: list[str] = ['Attend', 'ReadBuffer', 'active_isa', 'attend_runnable', 'dequantize_k4', 'dequantize_k8', 'dequantize_v4', 'dequantize_v8', 'f16_to_f32', 'f32_to_f16', 'importance_fold', 'importance_heaviest', 'logits_at_least', 'logits_largest', 'logits_weigh', 'pack_block', 'quantize_k4', 'quantize_k8', 'quantize_v4', 'quantize_v8', 'rotate', 'runnable_isas', 'unpack_block']
 class Attend:
     """
     Attention kernels of one ISA; csrc/kernels/attend.hpp fixes what they compute.
@@ -76,6 +76,14 @@ def f16_to_f32(x: numpy.typing.NDArray[numpy.uint16], out: numpy.typing.NDArray[
 def f32_to_f16(x: numpy.typing.NDArray[numpy.float32], out: numpy.typing.NDArray[numpy.uint16], saturate: bool = False, isa: str = '') -> None:
     """
     float32 -> fp16 bits in uint16, nearest even
+    """
+def importance_fold(average: numpy.ndarray, mass: numpy.typing.NDArray[numpy.float32], keep: typing.SupportsFloat | typing.SupportsIndex, add: typing.SupportsFloat | typing.SupportsIndex, isa: str = '') -> None:
+    """
+    average (tokens,) float16 in place: average * keep + mass * add where that is positive
+    """
+def importance_heaviest(average: numpy.ndarray, norm: numpy.ndarray, isa: str = '') -> float:
+    """
+    The sum of the 8 largest products
     """
 def logits_at_least(x: numpy.typing.NDArray[numpy.float32], threshold: typing.SupportsFloat | typing.SupportsIndex, isa: str = '') -> numpy.typing.NDArray[numpy.int32]:
     """

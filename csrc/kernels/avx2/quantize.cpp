@@ -21,15 +21,12 @@ namespace inferos::kernels::avx2 {
 namespace {
 
 constexpr std::size_t kLanes = 8;
+using Vector = __m256;
+using Words = __m256i;
 constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
 constexpr int kUp = _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC;
 constexpr int kDown = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
 constexpr float kNearTie = 0.5F - 0x1p-12F;
-
-alignas(64) constexpr float kNoRow32[kMaxHeadDim] = {};  // stands for the tokens that a short block does not have
-alignas(64) constexpr std::uint16_t kNoRow16[kMaxHeadDim] = {};
-const float* no_row(const float*) noexcept { return kNoRow32; }
-const std::uint16_t* no_row(const std::uint16_t*) noexcept { return kNoRow16; }
 
 __m256 high_limit() noexcept { return _mm256_set1_ps(65504.0F); }
 __m256 low_limit() noexcept { return _mm256_set1_ps(-65504.0F); }
@@ -58,36 +55,16 @@ void store(std::uint16_t* x, __m256 v) noexcept {  // saturating; NaN passes bot
   _mm_storeu_si128(reinterpret_cast<__m128i*>(x), _mm256_cvtps_ph(v, kNearest));
 }
 
-void store_bytes(std::uint8_t* to, __m256i v) noexcept { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), v); }
 __m256i load_bytes(const void* from) noexcept { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
+
+Vector load_floats(const float* x) noexcept { return _mm256_load_ps(x); }
+void store_floats(float* x, Vector v) noexcept { _mm256_store_ps(x, v); }
+Vector all(float x) noexcept { return _mm256_set1_ps(x); }
+Words no_words() noexcept { return _mm256_setzero_si256(); }
+void store_words(void* to, Words v) noexcept { _mm256_storeu_si256(static_cast<__m256i*>(to), v); }
 
 struct Grid {
   __m256 minimum, scale, inverse;
-};
-
-// The grids of a block: one per channel for K, one per token for V.
-struct Grids {
-  alignas(64) float minimum[kMaxHeadDim];
-  alignas(64) float scale[kMaxHeadDim];
-  alignas(64) float inverse[kMaxHeadDim];
-
-  void put(std::size_t i, const Grid& g) noexcept {
-    _mm256_store_ps(minimum + i, g.minimum);
-    _mm256_store_ps(scale + i, g.scale);
-    _mm256_store_ps(inverse + i, g.inverse);
-  }
-  Grid eight(std::size_t i) const noexcept {
-    return {_mm256_load_ps(minimum + i), _mm256_load_ps(scale + i), _mm256_load_ps(inverse + i)};
-  }
-  Grid one(std::size_t i) const noexcept {
-    return {_mm256_set1_ps(minimum[i]), _mm256_set1_ps(scale[i]), _mm256_set1_ps(inverse[i])};
-  }
-};
-
-// Smallest and largest value of every channel or token.
-struct Extremes {
-  alignas(64) float low[kMaxHeadDim];
-  alignas(64) float high[kMaxHeadDim];
 };
 
 bool beyond_f16(__m256 low, __m256 high) noexcept {
@@ -131,8 +108,8 @@ Grid asymmetric(__m256 low, __m256 high, double steps, std::uint16_t* scales, st
   return grid_of(minimum, ceil);
 }
 
-Grid symmetric(__m256 high, std::uint16_t* scales) noexcept {
-  const __m128i ceil = ceil_f16(high, _mm256_setzero_ps(), 127.0);
+Grid symmetric(__m256 low, __m256 high, std::uint16_t* scales) noexcept {
+  const __m128i ceil = ceil_f16(_mm256_max_ps(magnitude(low), magnitude(high)), _mm256_setzero_ps(), 127.0);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(scales), ceil);
   return grid_of(_mm256_setzero_ps(), ceil);
 }
@@ -180,6 +157,13 @@ __m256i encode_again(__m256 x, const Grid& g, __m256i code) noexcept {
   return near_tie(distance(quotient<kSymmetric>(x, g), code)) ? exact8(x, g) : code;
 }
 
+// Four vectors of codes up to 255 -> per 128-bit lane [4 vectors][4 codes].
+Words pack_bytes(const Words (&code)[4]) noexcept {
+  return _mm256_packus_epi16(_mm256_packus_epi32(code[0], code[1]), _mm256_packus_epi32(code[2], code[3]));
+}
+
+#include "kernels/quantize_parts.hpp"
+
 // ---- K: per channel over the tokens -------------------------------------------------------------------------------
 
 // Extremes of kColumns * 8 channels, in registers while the rows stream by; false where a value is NaN or beyond fp16.
@@ -224,30 +208,6 @@ bool extremes_of_channels(const T* x, std::size_t tokens, std::size_t d, Extreme
   return good;
 }
 
-// Out of the loop, so that it costs the loop no registers: the four vectors again, those near a tie in double.
-template <bool kClean, class T>
-[[gnu::noinline, gnu::cold]] void encode_four_again(const T* x, std::size_t d, std::size_t count, const Grid& g,
-                                                    __m256i* code) noexcept {
-  for (std::size_t j = 0; j < count; ++j) code[j] = encode_again<false>(load<kClean>(x + j * d), g, code[j]);
-}
-
-// Four tokens of 8 channels -> 128-bit lane j holds [4 tokens][channels 4j .. 4j+3]. Tokens from `count` on are zero.
-template <bool kClean, class T>
-[[gnu::always_inline]] inline __m256i encode_four(const T* x, std::size_t d, std::size_t count,
-                                                  const Grid& g) noexcept {
-  __m256i code[4];
-  __m256 worst = _mm256_setzero_ps();
-  for (std::size_t j = 0; j < 4; ++j) {
-    code[j] = j < count ? encode<false>(load<kClean>(x + j * d), g, worst) : _mm256_setzero_si256();
-  }
-  if (near_tie(worst)) {
-    __m256i again[4] = {code[0], code[1], code[2], code[3]};
-    encode_four_again<kClean>(x, d, count, g, again);
-    for (std::size_t j = 0; j < 4; ++j) code[j] = again[j];
-  }
-  return _mm256_packus_epi16(_mm256_packus_epi32(code[0], code[1]), _mm256_packus_epi32(code[2], code[3]));
-}
-
 struct Quads {
   __m256i first, second;  // [8 tokens][4 channels] each
 };
@@ -264,45 +224,20 @@ template <bool kClean, class T>
   return swap_lanes(encode_four<kClean>(x, d, lower, g), encode_four<kClean>(x + 4 * d, d, count - lower, g));
 }
 
-// Where the codes of tokens t.., channels c.. of a K tile start; kPerWord = channels in one 4-byte word.
-template <std::size_t kPerWord>
-std::size_t k_offset(std::size_t t, std::size_t c, std::size_t d) noexcept {
-  return ((t / 32 * (d / kPerWord) + c / kPerWord) * 32 + t % 32) * 4;
-}
-
 template <int kBits, bool kClean, class T>
 void encode_keys(const T* x, std::size_t tokens, std::size_t d, const Grids& grids, std::uint8_t* codes) noexcept {
   for (std::size_t t = 0; t < kBlockTokens; t += 8) {
     const std::size_t count = tokens > t ? tokens - t : 0;
     for (std::size_t c = 0; c < d; c += kLanes) {
-      const Quads quads = encode_panel<kClean>(x + t * d + c, d, count, grids.eight(c));
+      const Quads quads = encode_panel<kClean>(x + t * d + c, d, count, grids.vector(c));
       if constexpr (kBits == 8) {
         std::uint8_t* to = codes + k_offset<4>(t, c, d);
-        store_bytes(to, quads.first);
-        store_bytes(to + 128, quads.second);
+        store_words(to, quads.first);
+        store_words(to + 128, quads.second);
       } else {
-        store_bytes(codes + k_offset<8>(t, c, d), _mm256_or_si256(quads.first, _mm256_slli_epi32(quads.second, 4)));
+        store_words(codes + k_offset<8>(t, c, d), _mm256_or_si256(quads.first, _mm256_slli_epi32(quads.second, 4)));
       }
     }
-  }
-}
-
-template <int kBits, class T>
-void quantize_k(const T* x, std::size_t tokens, std::size_t d, std::uint8_t* codes,
-                std::uint16_t* scales_minima) noexcept {
-  Extremes e;
-  const bool good = extremes_of_channels<false>(x, tokens, d, e);
-  if (!good) extremes_of_channels<true>(x, tokens, d, e);
-  Grids grids;
-  for (std::size_t c = 0; c < d; c += kLanes) {
-    const double steps = kBits == 8 ? 255.0 : 15.0;
-    grids.put(c, asymmetric(_mm256_load_ps(e.low + c), _mm256_load_ps(e.high + c), steps, scales_minima + c,
-                            scales_minima + d + c));
-  }
-  if (good) {
-    encode_keys<kBits, false>(x, tokens, d, grids, codes);
-  } else {
-    encode_keys<kBits, true>(x, tokens, d, grids, codes);
   }
 }
 
@@ -387,22 +322,6 @@ bool extremes_of_tokens(const T* x, std::size_t tokens, std::size_t d, Extremes&
   return good;
 }
 
-template <std::size_t kTokens, bool kSymmetric, bool kClean, class T>
-[[gnu::noinline, gnu::cold]] void encode_rows_again(const T* const (&row)[kTokens], std::size_t c,
-                                                    const Grid (&grid)[kTokens], __m256i (&code)[kTokens]) noexcept {
-  for (std::size_t j = 0; j < kTokens; ++j)
-    code[j] = encode_again<kSymmetric>(load<kClean>(row[j] + c), grid[j], code[j]);
-}
-
-// Codes of kTokens tokens, 8 channels; rows that a short block does not have read zeros on a zero grid.
-template <std::size_t kTokens, bool kSymmetric, bool kClean, class T>
-[[gnu::always_inline]] inline void encode_rows(const T* const (&row)[kTokens], std::size_t c,
-                                               const Grid (&grid)[kTokens], __m256i (&code)[kTokens]) noexcept {
-  __m256 worst = _mm256_setzero_ps();
-  for (std::size_t j = 0; j < kTokens; ++j) code[j] = encode<kSymmetric>(load<kClean>(row[j] + c), grid[j], worst);
-  if (near_tie(worst)) encode_rows_again<kTokens, kSymmetric, kClean>(row, c, grid, code);
-}
-
 // Four dwords of codes -> one dword of their low bytes.
 __m256i join_bytes(const __m256i (&code)[4]) noexcept {
   const __m256i words = _mm256_packs_epi16(_mm256_packs_epi32(code[0], code[1]), _mm256_packs_epi32(code[2], code[3]));
@@ -419,65 +338,6 @@ __m256i join_nibbles(const __m256i (&code)[8]) noexcept {
       _mm256_packus_epi16(_mm256_packus_epi32(pair[0], pair[1]), _mm256_packus_epi32(pair[2], pair[3]));
   return _mm256_shuffle_epi8(
       words, _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)));
-}
-
-// kTokens = 4 for the symmetric INT8, 8 for the INT4: what fills the bytes of one word.
-template <std::size_t kTokens, bool kClean, class T>
-void encode_values(const T* x, std::size_t tokens, std::size_t d, const Grids& grids, void* codes) noexcept {
-  constexpr std::size_t kTileBytes = kBlockTokens / kTokens * 64;
-  for (std::size_t t = 0; t < kBlockTokens; t += kTokens) {
-    const T* row[kTokens];
-    Grid grid[kTokens];
-    for (std::size_t j = 0; j < kTokens; ++j) {
-      row[j] = t + j < tokens ? x + (t + j) * d : no_row(x);
-      grid[j] = grids.one(t + j);
-    }
-    auto* to = static_cast<std::uint8_t*>(codes) + t / kTokens * 64;
-    for (std::size_t c = 0; c < d; c += kLanes) {
-      __m256i code[kTokens];
-      encode_rows<kTokens, kTokens == 4, kClean>(row, c, grid, code);
-      std::uint8_t* half = to + c / 16 * kTileBytes + c % 16 * 4;
-      if constexpr (kTokens == 4) {
-        store_bytes(half, join_bytes(code));
-      } else {
-        store_bytes(half, join_nibbles(code));
-      }
-    }
-  }
-}
-
-template <class T>
-void v8(const T* x, std::size_t tokens, std::size_t d, std::int8_t* codes, std::uint16_t* scales) noexcept {
-  Extremes e;
-  const bool good = extremes_of_tokens<false>(x, tokens, d, e);
-  if (!good) extremes_of_tokens<true>(x, tokens, d, e);
-  Grids grids;
-  for (std::size_t t = 0; t < kBlockTokens; t += kLanes) {
-    const __m256 high = _mm256_max_ps(magnitude(_mm256_load_ps(e.low + t)), magnitude(_mm256_load_ps(e.high + t)));
-    grids.put(t, symmetric(high, scales + t));
-  }
-  if (good) {
-    encode_values<4, false>(x, tokens, d, grids, codes);
-  } else {
-    encode_values<4, true>(x, tokens, d, grids, codes);
-  }
-}
-
-template <class T>
-void v4(const T* x, std::size_t tokens, std::size_t d, std::uint8_t* codes, std::uint16_t* scales_minima) noexcept {
-  Extremes e;
-  const bool good = extremes_of_tokens<false>(x, tokens, d, e);
-  if (!good) extremes_of_tokens<true>(x, tokens, d, e);
-  Grids grids;
-  for (std::size_t t = 0; t < kBlockTokens; t += kLanes) {
-    grids.put(t, asymmetric(_mm256_load_ps(e.low + t), _mm256_load_ps(e.high + t), 15.0, scales_minima + t,
-                            scales_minima + kBlockTokens + t));
-  }
-  if (good) {
-    encode_values<8, false>(x, tokens, d, grids, codes);
-  } else {
-    encode_values<8, true>(x, tokens, d, grids, codes);
-  }
 }
 
 __m256 widen(std::uint16_t half) noexcept { return _mm256_cvtph_ps(_mm_set1_epi16(static_cast<short>(half))); }

@@ -21,15 +21,12 @@ namespace inferos::kernels::avx512vnni {
 namespace {
 
 constexpr std::size_t kLanes = 16;
+using Vector = __m512;
+using Words = __m512i;
 constexpr int kUp = _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC;
 constexpr int kDown = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
 constexpr int kLargerMagnitude = 0x0B;  // of vrangeps: the larger magnitude, sign cleared
 constexpr float kNearTie = 0.5F - 0x1p-12F;
-
-alignas(64) constexpr float kNoRow32[kMaxHeadDim] = {};  // stands for the tokens that a short block does not have
-alignas(64) constexpr std::uint16_t kNoRow16[kMaxHeadDim] = {};
-const float* no_row(const float*) noexcept { return kNoRow32; }
-const std::uint16_t* no_row(const std::uint16_t*) noexcept { return kNoRow16; }
 
 __m512 limit() noexcept { return _mm512_set1_ps(65504.0F); }
 
@@ -56,33 +53,14 @@ void store(std::uint16_t* x, __m512 v) noexcept {  // saturating; NaN passes bot
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
+Vector load_floats(const float* x) noexcept { return _mm512_load_ps(x); }
+void store_floats(float* x, Vector v) noexcept { _mm512_store_ps(x, v); }
+Vector all(float x) noexcept { return _mm512_set1_ps(x); }
+Words no_words() noexcept { return _mm512_setzero_si512(); }
+void store_words(void* to, Words v) noexcept { _mm512_storeu_si512(to, v); }
+
 struct Grid {
   __m512 minimum, scale, inverse;
-};
-
-// The grids of a block: one per channel for K, one per token for V.
-struct Grids {
-  alignas(64) float minimum[kMaxHeadDim];
-  alignas(64) float scale[kMaxHeadDim];
-  alignas(64) float inverse[kMaxHeadDim];
-
-  void put(std::size_t i, const Grid& g) noexcept {
-    _mm512_store_ps(minimum + i, g.minimum);
-    _mm512_store_ps(scale + i, g.scale);
-    _mm512_store_ps(inverse + i, g.inverse);
-  }
-  Grid sixteen(std::size_t i) const noexcept {
-    return {_mm512_load_ps(minimum + i), _mm512_load_ps(scale + i), _mm512_load_ps(inverse + i)};
-  }
-  Grid one(std::size_t i) const noexcept {
-    return {_mm512_set1_ps(minimum[i]), _mm512_set1_ps(scale[i]), _mm512_set1_ps(inverse[i])};
-  }
-};
-
-// Smallest and largest value of every channel or token.
-struct Extremes {
-  alignas(64) float low[kMaxHeadDim];
-  alignas(64) float high[kMaxHeadDim];
 };
 
 bool beyond_f16(__m512 low, __m512 high) noexcept {
@@ -120,8 +98,8 @@ Grid asymmetric(__m512 low, __m512 high, double steps, std::uint16_t* scales, st
   return grid_of(minimum, ceil);
 }
 
-Grid symmetric(__m512 high, std::uint16_t* scales) noexcept {
-  const __m256i ceil = ceil_f16(high, _mm512_setzero_ps(), 127.0);
+Grid symmetric(__m512 low, __m512 high, std::uint16_t* scales) noexcept {
+  const __m256i ceil = ceil_f16(_mm512_range_ps(low, high, kLargerMagnitude), _mm512_setzero_ps(), 127.0);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(scales), ceil);
   return grid_of(_mm512_setzero_ps(), ceil);
 }
@@ -169,6 +147,13 @@ template <bool kSymmetric>
 __m512i encode_again(__m512 x, const Grid& g, __m512i code) noexcept {
   return near_tie(_mm512_reduce_ps(quotient<kSymmetric>(x, g), _MM_FROUND_TO_NEAREST_INT)) ? exact16(x, g) : code;
 }
+
+// Four vectors of codes up to 255 -> per 128-bit lane [4 vectors][4 codes].
+Words pack_bytes(const Words (&code)[4]) noexcept {
+  return _mm512_packus_epi16(_mm512_packus_epi32(code[0], code[1]), _mm512_packus_epi32(code[2], code[3]));
+}
+
+#include "kernels/quantize_parts.hpp"
 
 // Its own inverse: 128-bit lane j of vector i <-> lane i of vector j.
 void transpose_lanes(__m512i (&v)[4]) noexcept {
@@ -233,30 +218,6 @@ bool extremes_of_channels(const T* x, std::size_t tokens, std::size_t d, Extreme
   return good;
 }
 
-// Out of the loop, so that it costs the loop no registers: the four vectors again, those near a tie in double.
-template <bool kClean, class T>
-[[gnu::noinline, gnu::cold]] void encode_four_again(const T* x, std::size_t d, std::size_t count, const Grid& g,
-                                                    __m512i* code) noexcept {
-  for (std::size_t j = 0; j < count; ++j) code[j] = encode_again<false>(load<kClean>(x + j * d), g, code[j]);
-}
-
-// Four tokens of 16 channels -> 128-bit lane j holds [4 tokens][channels 4j .. 4j+3]. Tokens from `count` on are zero.
-template <bool kClean, class T>
-[[gnu::always_inline]] inline __m512i encode_four(const T* x, std::size_t d, std::size_t count,
-                                                  const Grid& g) noexcept {
-  __m512i code[4];
-  __m512 worst = _mm512_setzero_ps();
-  for (std::size_t j = 0; j < 4; ++j) {
-    code[j] = j < count ? encode<false>(load<kClean>(x + j * d), g, worst) : _mm512_setzero_si512();
-  }
-  if (near_tie(worst)) {
-    __m512i again[4] = {code[0], code[1], code[2], code[3]};
-    encode_four_again<kClean>(x, d, count, g, again);
-    for (std::size_t j = 0; j < 4; ++j) code[j] = again[j];
-  }
-  return _mm512_packus_epi16(_mm512_packus_epi32(code[0], code[1]), _mm512_packus_epi32(code[2], code[3]));
-}
-
 // Sixteen tokens of 16 channels -> four vectors, each [16 tokens][4 channels].
 template <bool kClean, class T>
 [[gnu::always_inline]] inline void encode_panel(const T* x, std::size_t d, std::size_t count, const Grid& g,
@@ -272,19 +233,13 @@ template <bool kClean, class T>
   transpose_lanes(quad);
 }
 
-// Where the codes of tokens t.., channels c.. of a K tile start; kPerWord = channels in one 4-byte word.
-template <std::size_t kPerWord>
-std::size_t k_offset(std::size_t t, std::size_t c, std::size_t d) noexcept {
-  return ((t / 32 * (d / kPerWord) + c / kPerWord) * 32 + t % 32) * 4;
-}
-
 template <int kBits, bool kClean, class T>
 void encode_keys(const T* x, std::size_t tokens, std::size_t d, const Grids& grids, std::uint8_t* codes) noexcept {
   for (std::size_t t = 0; t < kBlockTokens; t += 16) {
     const std::size_t count = tokens > t ? tokens - t : 0;
     for (std::size_t c = 0; c < d; c += kLanes) {
       __m512i quad[4];
-      encode_panel<kClean>(x + t * d + c, d, count, grids.sixteen(c), quad);
+      encode_panel<kClean>(x + t * d + c, d, count, grids.vector(c), quad);
       if constexpr (kBits == 8) {
         std::uint8_t* to = codes + k_offset<4>(t, c, d);
         for (std::size_t j = 0; j < 4; ++j) _mm512_storeu_si512(to + j * 128, quad[j]);
@@ -295,25 +250,6 @@ void encode_keys(const T* x, std::size_t tokens, std::size_t d, const Grids& gri
         }
       }
     }
-  }
-}
-
-template <int kBits, class T>
-void quantize_k(const T* x, std::size_t tokens, std::size_t d, std::uint8_t* codes,
-                std::uint16_t* scales_minima) noexcept {
-  Extremes e;
-  const bool good = extremes_of_channels<false>(x, tokens, d, e);
-  if (!good) extremes_of_channels<true>(x, tokens, d, e);
-  Grids grids;
-  for (std::size_t c = 0; c < d; c += kLanes) {
-    const double steps = kBits == 8 ? 255.0 : 15.0;
-    grids.put(c, asymmetric(_mm512_load_ps(e.low + c), _mm512_load_ps(e.high + c), steps, scales_minima + c,
-                            scales_minima + d + c));
-  }
-  if (good) {
-    encode_keys<kBits, false>(x, tokens, d, grids, codes);
-  } else {
-    encode_keys<kBits, true>(x, tokens, d, grids, codes);
   }
 }
 
@@ -403,22 +339,6 @@ bool extremes_of_tokens(const T* x, std::size_t tokens, std::size_t d, Extremes&
   return good;
 }
 
-template <std::size_t kTokens, bool kSymmetric, bool kClean, class T>
-[[gnu::noinline, gnu::cold]] void encode_rows_again(const T* const (&row)[kTokens], std::size_t c,
-                                                    const Grid (&grid)[kTokens], __m512i (&code)[kTokens]) noexcept {
-  for (std::size_t j = 0; j < kTokens; ++j)
-    code[j] = encode_again<kSymmetric>(load<kClean>(row[j] + c), grid[j], code[j]);
-}
-
-// Codes of kTokens tokens, 16 channels; rows that a short block does not have read zeros on a zero grid.
-template <std::size_t kTokens, bool kSymmetric, bool kClean, class T>
-[[gnu::always_inline]] inline void encode_rows(const T* const (&row)[kTokens], std::size_t c,
-                                               const Grid (&grid)[kTokens], __m512i (&code)[kTokens]) noexcept {
-  __m512 worst = _mm512_setzero_ps();
-  for (std::size_t j = 0; j < kTokens; ++j) code[j] = encode<kSymmetric>(load<kClean>(row[j] + c), grid[j], worst);
-  if (near_tie(worst)) encode_rows_again<kTokens, kSymmetric, kClean>(row, c, grid, code);
-}
-
 // Four dwords of codes -> one dword of their low bytes.
 __m512i join_bytes(const __m512i (&code)[4]) noexcept {
   constexpr int kSelect = 0xE4;  // ternary logic: mask ? first : second, with the mask as third operand
@@ -437,65 +357,6 @@ __m512i join_nibbles(const __m512i (&code)[8]) noexcept {
   word = _mm512_ternarylogic_epi32(word, _mm512_slli_epi32(code[1], 8), _mm512_slli_epi32(code[5], 12), kOr);
   word = _mm512_ternarylogic_epi32(word, _mm512_slli_epi32(code[2], 16), _mm512_slli_epi32(code[6], 20), kOr);
   return _mm512_ternarylogic_epi32(word, _mm512_slli_epi32(code[3], 24), _mm512_slli_epi32(code[7], 28), kOr);
-}
-
-// kTokens = 4 for the symmetric INT8, 8 for the INT4: what fills the bytes of one word.
-template <std::size_t kTokens, bool kClean, class T>
-void encode_values(const T* x, std::size_t tokens, std::size_t d, const Grids& grids, void* codes) noexcept {
-  constexpr std::size_t kTileBytes = kBlockTokens / kTokens * 64;
-  for (std::size_t t = 0; t < kBlockTokens; t += kTokens) {
-    const T* row[kTokens];
-    Grid grid[kTokens];
-    for (std::size_t j = 0; j < kTokens; ++j) {
-      row[j] = t + j < tokens ? x + (t + j) * d : no_row(x);
-      grid[j] = grids.one(t + j);
-    }
-    auto* to = static_cast<std::uint8_t*>(codes) + t / kTokens * 64;
-    for (std::size_t c = 0; c < d; c += kLanes) {
-      __m512i code[kTokens];
-      encode_rows<kTokens, kTokens == 4, kClean>(row, c, grid, code);
-      if constexpr (kTokens == 4) {
-        _mm512_storeu_si512(to, join_bytes(code));
-      } else {
-        _mm512_storeu_si512(to, join_nibbles(code));
-      }
-      to += kTileBytes;
-    }
-  }
-}
-
-template <class T>
-void v8(const T* x, std::size_t tokens, std::size_t d, std::int8_t* codes, std::uint16_t* scales) noexcept {
-  Extremes e;
-  const bool good = extremes_of_tokens<false>(x, tokens, d, e);
-  if (!good) extremes_of_tokens<true>(x, tokens, d, e);
-  Grids grids;
-  for (std::size_t t = 0; t < kBlockTokens; t += kLanes) {
-    const __m512 magnitude = _mm512_range_ps(_mm512_load_ps(e.low + t), _mm512_load_ps(e.high + t), kLargerMagnitude);
-    grids.put(t, symmetric(magnitude, scales + t));
-  }
-  if (good) {
-    encode_values<4, false>(x, tokens, d, grids, codes);
-  } else {
-    encode_values<4, true>(x, tokens, d, grids, codes);
-  }
-}
-
-template <class T>
-void v4(const T* x, std::size_t tokens, std::size_t d, std::uint8_t* codes, std::uint16_t* scales_minima) noexcept {
-  Extremes e;
-  const bool good = extremes_of_tokens<false>(x, tokens, d, e);
-  if (!good) extremes_of_tokens<true>(x, tokens, d, e);
-  Grids grids;
-  for (std::size_t t = 0; t < kBlockTokens; t += kLanes) {
-    grids.put(t, asymmetric(_mm512_load_ps(e.low + t), _mm512_load_ps(e.high + t), 15.0, scales_minima + t,
-                            scales_minima + kBlockTokens + t));
-  }
-  if (good) {
-    encode_values<8, false>(x, tokens, d, grids, codes);
-  } else {
-    encode_values<8, true>(x, tokens, d, grids, codes);
-  }
 }
 
 template <class T>
