@@ -65,22 +65,25 @@ void prefetch_rows(const float* x, std::size_t stride, std::size_t d, std::size_
 
 void store_f16_tokens(std::byte* block, std::size_t d, std::size_t capacity, std::size_t first, std::size_t count,
                       const float* k, const float* v, std::size_t stride) noexcept {
-  const Convert& kernels = convert();
+  const auto to_f16 = convert().f32_to_f16_saturate;
   auto* keys = at<std::uint16_t>(block, 0);
-  auto* values = at<std::uint16_t>(block, capacity * d * 2);
-  for (std::size_t t = 0; t < count;) {
-    const std::size_t token = first + t;
-    auto* column = keys + token / kPanel * kPanel * d + token % kPanel;
-    const bool whole = token % kPanel == 0 && count - t >= kPanel;
-    const std::size_t end = t + (whole ? kPanel : 1);
-    if (whole) {
-      panels().store(k + t * stride, stride, d, column);
+  auto* values = at<std::uint16_t>(block, capacity * d * 2) + first * d;
+  for (const std::size_t end = first + count; first < end;) {
+    std::size_t run = 1;
+    if (first % kPanel == 0 && end - first >= kPanel) {
+      run = kPanel;
+      panels().store(k, stride, d, keys + first * d);
     } else {
       std::uint16_t halves[kMaxHeadDim];
-      kernels.f32_to_f16_saturate(k + t * stride, d, halves);
+      to_f16(k, d, halves);
+      auto* column = keys + first / kPanel * kPanel * d + first % kPanel;
       for (std::size_t c = 0; c < d; ++c) column[c * kPanel] = halves[c];
     }
-    for (; t < end; ++t) kernels.f32_to_f16_saturate(v + t * stride, d, values + (first + t) * d);
+    for (std::size_t i = 0; i < run; ++i) to_f16(v + i * stride, d, values + i * d);
+    first += run;
+    k += run * stride;
+    v += run * stride;
+    values += run * d;
   }
 }
 

@@ -88,7 +88,7 @@ void LayerStore::append(const Grid& grid, Reservation& reservation, std::int64_t
       auto& call = *static_cast<Call*>(context);
       try {
         call.store.settle(call.grid, head, call.reservation);
-        call.store.place_fresh(head, call.reservation);
+        if (call.reservation.entries != 0) call.store.place_fresh(head, call.reservation);
         call.store.write(call.grid, head, call.from, call.to, call.k, call.v);
       } catch (const std::bad_alloc&) {
         call.out_of_memory.store(true, std::memory_order_relaxed);
@@ -111,7 +111,6 @@ void LayerStore::place_sinks(Reservation& reservation) noexcept {
 }
 
 void LayerStore::place_fresh(std::size_t head, Reservation& reservation) noexcept {
-  if (reservation.entries == 0) return;
   std::vector<BlockPtr>& own = reservation.fresh[head];
   std::move(own.begin(), own.end(), std::back_inserter(heads_[head].blocks));
 }
@@ -156,9 +155,9 @@ void LayerStore::write(const Grid& grid, std::size_t head, std::int64_t from, st
     const GridEntry& entry = grid[index];
     const Block& block = *heads_[head].blocks[index - first_];
     const std::int64_t end = std::min<std::int64_t>(entry.end(), to);
-    const auto ahead = static_cast<std::size_t>(std::min<std::int64_t>(to - end, kBlockTokens));
-    const std::size_t following = static_cast<std::size_t>(end - from) * row + head * d;
-    if (ahead > 0) {
+    if (end < to) {
+      const auto ahead = static_cast<std::size_t>(std::min<std::int64_t>(to - end, kBlockTokens));
+      const std::size_t following = static_cast<std::size_t>(end - from) * row + head * d;
       kernels::prefetch_rows(k + following, row, d, ahead);
       kernels::prefetch_rows(v + following, row, d, ahead);
     }
