@@ -5,6 +5,7 @@ pytest benchmarks/kernels --benchmark-group-by=group
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -62,6 +63,39 @@ def bench_sequence_through_the_arena(benchmark: BenchmarkFixture) -> None:
             cache.commit()
 
     benchmark(fill)
+
+
+@pytest.mark.benchmark(timer=time.process_time)
+@pytest.mark.parametrize("kv", ["int8", "k8v4", "int4", "numpy"])
+def bench_append(benchmark: BenchmarkFixture, kv: str) -> None:
+    """2048 tokens of one layer are written and as many packed, in memory the arena already has; CPU time of all threads.
+
+    numpy converts the same values to float16, which is the least of it.
+    """
+    benchmark.group = "append 2048 tokens, 8/128, behind as many"
+    tokens, arena = 2048, Arena()
+    keys, values = np.random.default_rng(4).standard_normal((2, tokens, KV_HEADS, HEAD_DIM), dtype=np.float32)
+
+    def append(cache: KVCache, start: int, count: int) -> None:
+        cache.begin(count)
+        cache.append(0, keys[start : start + count], values[start : start + count])
+        cache.commit()
+
+    if kv == "numpy":
+        benchmark(lambda: (keys.astype(np.float16), values.astype(np.float16)))
+    else:
+        layers = [LayerSpec(KV_HEADS, HEAD_DIM)]
+        with KVCache(layers, kv=kv, arena=arena) as cache, KVCache(layers, kv=kv, arena=arena) as other:
+            for start in range(0, tokens, 64):  # by turns: every slab stays mapped when one of them is cleared
+                append(cache, start, 64)
+                append(other, start, 64)
+
+            def before() -> None:
+                cache.clear()
+                append(cache, 0, tokens)
+
+            benchmark.pedantic(lambda: append(cache, 0, tokens), setup=before, rounds=40)
+    benchmark.extra_info["Gelem_per_s"] = keys.size * 2 / benchmark.stats.stats.min / 1e9
 
 
 @pytest.mark.parametrize("kv", ["int8", "auto"])

@@ -355,9 +355,7 @@ Format format_named(std::string_view name) {
 void pack(Format format, const float* k, const float* v, RowsShape rows, std::byte* block) {
   if (format == Format::kF16) {
     std::fill_n(block, kernels::block_bytes(format, rows.d), std::byte{0});
-    for (std::size_t t = 0; t < rows.tokens; ++t) {
-      kernels::store_f16_token(block, rows.d, kBlockTokens, t, k + t * rows.d, v + t * rows.d);
-    }
+    kernels::store_f16_tokens(block, rows.d, kBlockTokens, 0, rows.tokens, k, v, rows.d);
     return;
   }
   const auto scratch = std::make_unique<BlockRows>();

@@ -4,6 +4,7 @@
 #include "kernels/hadamard.hpp"
 #include "kernels/importance.hpp"
 #include "kernels/logits.hpp"
+#include "kernels/panels.hpp"
 #include "kernels/quantize.hpp"
 #include "kernels/read.hpp"
 
@@ -13,6 +14,7 @@ extern const Quantize kQuantize;
 extern const Hadamard kHadamard;
 extern const Importance kImportance;
 extern const Logits kLogits;
+extern const Panels kPanels;
 extern const Read kRead;
 }  // namespace inferos::kernels::scalar
 
@@ -22,6 +24,7 @@ extern const Quantize kQuantize;
 extern const Hadamard kHadamard;
 extern const Importance kImportance;
 extern const Logits kLogits;
+extern const Panels kPanels;
 extern const Read kRead;
 }  // namespace inferos::kernels::avx2
 

@@ -14,8 +14,14 @@ kernels::BlockRows& scratch() {
 
 }  // namespace
 
-void convert_block(const Block& from, std::size_t tokens, std::size_t head_dim, Block& to) {
+void convert_block(const Block& from, std::size_t tokens, std::size_t head_dim, Block& to, const Block* next) {
   kernels::BlockRows& rows = scratch();
+  if (from.format() == Format::kF16) {
+    const bool alike = next != nullptr && next->format() == Format::kF16;
+    kernels::f16_to_block(to.format(), from.data(), head_dim, from.capacity(), tokens, alike ? next->data() : nullptr,
+                          rows, to.data());
+    return;
+  }
   kernels::block_to_rows(from.format(), from.data(), head_dim, from.capacity(), tokens, rows);
   kernels::rows_to_block(to.format(), rows, tokens, head_dim, to.data());
 }

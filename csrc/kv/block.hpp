@@ -45,8 +45,8 @@ static_assert(static_cast<int>(ArenaTag::kInt4) == static_cast<int>(Format::kInt
 
 using BlockPtr = std::shared_ptr<Block>;
 
-// `tokens` tokens of `from`, re-quantised into `to`, a packed block.
-void convert_block(const Block& from, std::size_t tokens, std::size_t head_dim, Block& to);
+// `tokens` tokens of `from`, re-quantised into `to`, a packed block. `next`: what will be converted next, where that is known.
+void convert_block(const Block& from, std::size_t tokens, std::size_t head_dim, Block& to, const Block* next = nullptr);
 
 // One token of a block, un-rotated: k[head_dim], v[head_dim].
 void read_block(const Block& block, std::size_t token, std::size_t head_dim, float* k, float* v);

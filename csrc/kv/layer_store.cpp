@@ -54,9 +54,13 @@ Reservation LayerStore::reserve(Arena& arena, const Grid& grid, std::vector<Demo
   for (std::size_t i = 0; sinks && i < heads_.size(); ++i) {
     taken.sinks.push_back(std::make_shared<Block>(arena, Format::kF16, shape_.head_dim, sink_capacity(sink_tokens_)));
   }
+  // A block that is packed gives its FP16 memory to a new entry of its head: it is in the cache, and half as much is held at the peak.
+  taken.entries = fresh;
   taken.fresh.resize(heads_.size());
-  for (std::vector<BlockPtr>& own : taken.fresh) {
-    for (std::size_t i = 0; i < fresh; ++i) {
+  for (std::size_t h = 0; h < heads_.size(); ++h) {
+    std::vector<BlockPtr>& own = taken.fresh[h];
+    own.reserve(fresh);
+    for (std::size_t i = taken.packed.empty() ? 0 : taken.packed[h].size(); i < fresh; ++i) {
       own.push_back(std::make_shared<Block>(arena, Format::kF16, shape_.head_dim, kBlockTokens));
     }
   }
@@ -70,7 +74,7 @@ Reservation LayerStore::reserve(Arena& arena, const Grid& grid, std::vector<Demo
 
 void LayerStore::append(const Grid& grid, Reservation& reservation, std::int64_t from, std::int64_t to, const float* k,
                         const float* v, Executor& executor) {
-  place(reservation);
+  place_sinks(reservation);
   struct Call {
     LayerStore& store;
     const Grid& grid;
@@ -84,6 +88,7 @@ void LayerStore::append(const Grid& grid, Reservation& reservation, std::int64_t
       auto& call = *static_cast<Call*>(context);
       try {
         call.store.settle(call.grid, head, call.reservation);
+        if (call.reservation.entries != 0) call.store.place_fresh(head, call.reservation);
         call.store.write(call.grid, head, call.from, call.to, call.k, call.v);
       } catch (const std::bad_alloc&) {
         call.out_of_memory.store(true, std::memory_order_relaxed);
@@ -98,24 +103,28 @@ void LayerStore::append(const Grid& grid, Reservation& reservation, std::int64_t
   settled_ = std::max(settled_, grid.due());
 }
 
-void LayerStore::place(Reservation& reservation) noexcept {
+void LayerStore::place_sinks(Reservation& reservation) noexcept {
   for (std::size_t h = 0; h < reservation.sinks.size(); ++h) {
     heads_[h].sink = std::move(reservation.sinks[h]);
     streams_[h].by_format[kF16].push_back(view_of(*heads_[h].sink, 0, 0));
   }
-  for (std::size_t h = 0; h < reservation.fresh.size(); ++h) {
-    std::move(reservation.fresh[h].begin(), reservation.fresh[h].end(), std::back_inserter(heads_[h].blocks));
-  }
+}
+
+void LayerStore::place_fresh(std::size_t head, Reservation& reservation) noexcept {
+  std::vector<BlockPtr>& own = reservation.fresh[head];
+  std::move(own.begin(), own.end(), std::back_inserter(heads_[head].blocks));
 }
 
 void LayerStore::settle(const Grid& grid, std::size_t head, Reservation& reservation) {
   std::size_t next = 0;
   for (std::size_t index = std::max(settled_, first_); index < grid.due() && leaving_ != Format::kF16; ++index) {
-    const Block& old = *heads_[head].blocks[index - first_];
-    if (old.format() != Format::kF16) continue;
+    BlockPtr old = heads_[head].blocks[index - first_];
+    if (old->format() != Format::kF16) continue;
     BlockPtr& packed = reservation.packed[head][next++];
-    convert_block(old, grid[index].tokens, shape_.head_dim, *packed);
+    const Block* following = index + 1 < grid.due() ? heads_[head].blocks[index + 1 - first_].get() : nullptr;
+    convert_block(*old, grid[index].tokens, shape_.head_dim, *packed, following);
     replace(head, grid[index], index, std::move(packed));
+    if (reservation.fresh[head].size() < reservation.entries) reservation.fresh[head].push_back(std::move(old));
   }
   for (Demotion& demotion : reservation.demotions) {
     if (demotion.head != head) continue;
@@ -131,11 +140,9 @@ void LayerStore::write(const Grid& grid, std::size_t head, std::int64_t from, st
   const std::size_t d = shape_.head_dim;
   const std::size_t row = shape_.kv_heads * d;
   const auto put = [&](const Block& block, std::int64_t start, std::int64_t begin, std::int64_t end) {
-    for (std::int64_t p = begin; p < end; ++p) {
-      const std::size_t offset = static_cast<std::size_t>(p - from) * row + head * d;
-      kernels::store_f16_token(block.data(), d, block.capacity(), static_cast<std::size_t>(p - start), k + offset,
-                               v + offset);
-    }
+    const std::size_t offset = static_cast<std::size_t>(begin - from) * row + head * d;
+    kernels::store_f16_tokens(block.data(), d, block.capacity(), static_cast<std::size_t>(begin - start),
+                              static_cast<std::size_t>(end - begin), k + offset, v + offset, row);
   };
   const std::int64_t sink_end = std::min<std::int64_t>(static_cast<std::int64_t>(sink_tokens_), to);
   std::vector<BlockView>& views = streams_[head].by_format[kF16];
@@ -148,6 +155,12 @@ void LayerStore::write(const Grid& grid, std::size_t head, std::int64_t from, st
     const GridEntry& entry = grid[index];
     const Block& block = *heads_[head].blocks[index - first_];
     const std::int64_t end = std::min<std::int64_t>(entry.end(), to);
+    if (end < to) {
+      const auto ahead = static_cast<std::size_t>(std::min<std::int64_t>(to - end, kBlockTokens));
+      const std::size_t following = static_cast<std::size_t>(end - from) * row + head * d;
+      kernels::prefetch_rows(k + following, row, d, ahead);
+      kernels::prefetch_rows(v + following, row, d, ahead);
+    }
     put(block, entry.start, p, end);
     if (views.empty() || views.back().start != entry.start) views.push_back(view_of(block, entry.start, 0));
     views.back().end = static_cast<std::uint16_t>(end - entry.start);

@@ -48,7 +48,8 @@ struct Reservation {
   std::vector<std::vector<BlockPtr>> packed;  // by head, for the blocks that are due
   std::vector<Demotion> demotions;
   std::vector<BlockPtr> sinks;               // one per head, or none
-  std::vector<std::vector<BlockPtr>> fresh;  // by head, for new grid entries
+  std::vector<std::vector<BlockPtr>> fresh;  // by head, for new grid entries; what is due gives up the rest of them
+  std::size_t entries = 0;                   // new grid entries
 };
 
 class LayerStore {
@@ -90,7 +91,8 @@ class LayerStore {
     std::vector<BlockPtr> blocks;  // grid index - first_
   };
 
-  void place(Reservation& reservation) noexcept;
+  void place_sinks(Reservation& reservation) noexcept;
+  void place_fresh(std::size_t head, Reservation& reservation) noexcept;
   void settle(const Grid& grid, std::size_t head, Reservation& reservation);
   void write(const Grid& grid, std::size_t head, std::int64_t from, std::int64_t to, const float* k,
              const float* v) noexcept;

@@ -7,7 +7,7 @@
 //
 // A step is a transaction:
 //   begin(past, tokens)      the first layer called begins it; every memory a step may need, for all layers, is allocated here
-//                            (new FP16 blocks and the packed blocks of those due), so running out of budget precedes any change
+//                            (packed blocks for those due, FP16 blocks beyond those that packing frees), so running out of budget precedes any change
 //   append(layer, k, v)      once per layer: packs what is due in this layer, then writes the new tokens
 //   commit()                 when all layers have appended; a step of which a layer is missing is dropped by the next begin
 // A step that is never committed is rolled back by dropping FP16 tokens; packing is never undone (it changes no committed token's

@@ -98,8 +98,7 @@ struct Case {
     const std::size_t bytes = format == Format::kF16 ? f16_block_bytes(d, capacity) : block_bytes(format, d);
     std::vector<std::byte>& record = records.emplace_back(bytes, std::byte{0xFF});  // NaN where no token is
     if (format == Format::kF16) {
-      for (std::size_t t = 0; t < tokens; ++t)
-        store_f16_token(record.data(), d, capacity, t, rows->k + t * d, rows->v + t * d);
+      store_f16_tokens(record.data(), d, capacity, 0, tokens, rows->k, rows->v, d);
     } else {
       rows_to_block(format, *rows, tokens, d, record.data());
     }
