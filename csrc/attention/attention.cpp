@@ -45,11 +45,12 @@ RowPlan plan_of(const Row& row, const Shape& shape, std::size_t layer) {
 
 std::span<const kernels::BlockView> blocks_within(std::span<const kernels::BlockView> blocks,
                                                   kernels::Visible range) noexcept {
-  const auto first = std::partition_point(blocks.begin(), blocks.end(), [&](const kernels::BlockView& block) {
-    return block.start + block.end <= range.first;
-  });
-  const auto last = std::partition_point(
-      first, blocks.end(), [&](const kernels::BlockView& block) { return block.start + block.begin <= range.last; });
+  const auto ends_before = [&](const kernels::BlockView& block) { return block.start + block.end <= range.first; };
+  const auto begins_within = [&](const kernels::BlockView& block) { return block.start + block.begin <= range.last; };
+  if (blocks.empty()) return blocks;
+  if (!ends_before(blocks.front()) && begins_within(blocks.back())) return blocks;  // mostly; a search misses caches
+  const auto first = std::partition_point(blocks.begin(), blocks.end(), ends_before);
+  const auto last = std::partition_point(first, blocks.end(), begins_within);
   return {first, last};
 }
 
