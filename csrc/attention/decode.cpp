@@ -28,8 +28,8 @@ static_assert(kSpansPerRow <= kBlockTokens);  // merge_spans
 constexpr std::size_t kNearBytes = std::size_t{48} * 1024;
 constexpr float kSkipped = 0x1p-24F;  // probabilities below this, all tokens of the context together, need no values
 constexpr std::size_t kMassQueries = 64;  // the newest queries of a prefill that count for the mass
-constexpr std::size_t kRunsPerThread =
-    4;  // spans are handed to a thread as runs of neighbours: what comes next is known and fetched
+// Spans are handed to a thread as runs of neighbours: what comes next is known and fetched.
+constexpr std::size_t kRunsPerThread = 16;
 
 struct Job {  // one kv head of one row
   const float* q;
