@@ -49,7 +49,7 @@ def reports(folder: Path = RESULTS) -> dict[str, Report]:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """At least so many significant digits, never an exponent; nothing where nothing is known."""
+    """So many significant digits at least, never an exponent; nothing where nothing is known."""
     if value is None:
         return ""
     magnitude = math.floor(math.log10(abs(value))) if value else 0
@@ -121,17 +121,22 @@ def clock(report: Report) -> str:
 
 
 def attention(
-    report: Report, versus: dict[str, tuple[str, str]], where: tuple[str, ...], cells: Callable[[Row], list[str]]
+    report: Report,
+    versus: dict[str, tuple[str, str]],
+    where: tuple[str, ...],
+    cells: Callable[[Row], list[str]],
+    *,
+    reads: bool = False,
 ) -> str:
-    """Our rows with every ratio, and the peers' rows folded away."""
+    """Our rows with every ratio, and the peers' rows folded away; with the fraction of reading where that is the limit."""
     ours, peers = [], []
     for row in report["rows"]:
-        start = [*cells(row), number(milliseconds(row))]
+        start = [*cells(row), number(milliseconds(row)), percent(row["fraction_of_read"]) if reads else ""]
         if row["impl"] == OURS:
             ours.append([*start, *(times(of_best(row, report, *who)) for who in versus.values())])
         else:
             peers.append([*start, times(row["ratio_vs_ort_fp32"])])
-    header = [*where, clock(report)]
+    header = [*where, clock(report), "of read"]
     text = table([*header, *versus], ours, len(where))
     if peers:
         text += "\n" + folded("All peers", table([*header, "vs stock fp32"], peers, len(where)))
@@ -140,10 +145,9 @@ def attention(
 
 def decode(report: Report) -> str:
     def cells(row: Row) -> list[str]:
-        of_read = percent(row["fraction_of_read"])
-        return [shape(row), f"{row['context']:,}", row["impl"], row["kv"], of_read]
+        return [shape(row), f"{row['context']:,}", row["impl"], row["kv"]]
 
-    return attention(report, VERSUS, ("shape", "context", "impl", "kv", "of read"), cells)
+    return attention(report, VERSUS, ("shape", "context", "impl", "kv"), cells, reads=True)
 
 
 def prefill(report: Report) -> str:
