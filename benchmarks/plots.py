@@ -155,11 +155,12 @@ def draw(panel: Panel, axes: Axes, logarithmic: bool) -> None:
 
 
 def picture(panels: list[Panel], y_label: str, sources: str, *, logarithmic: bool) -> Figure:
-    """All panels in two columns, the legends beside them, the source below."""
-    rows = math.ceil(len(panels) / 2)
-    figure = Figure(figsize=(11, 3.2 * rows + 0.4), layout="constrained")
+    """All panels in one or two columns, the legends beside them, the source below."""
+    columns = min(2, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(5.5 * columns, 3.2 * rows + 0.4), layout="constrained")
     for i, panel in enumerate(panels):
-        axes = figure.add_subplot(rows, 2, i + 1)
+        axes = figure.add_subplot(rows, columns, i + 1)
         draw(panel, axes, logarithmic)
         axes.set_xlabel("context, tokens")
         axes.set_ylabel(y_label)
