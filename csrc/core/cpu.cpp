@@ -54,6 +54,7 @@ Isa detect() {
   const Registers one = cpuid(1, 0);
   const bool osxsave = bit(one.c, 27);
   if (!osxsave || !bit(one.c, 28) || !bit(one.c, 12) || !bit(one.c, 29)) return Isa::kScalar;  // AVX, FMA, F16C
+  if (!bit(one.c, 23)) return Isa::kScalar;                                                    // POPCNT
   const std::uint64_t state = enabled_state();
   const Registers seven = cpuid(7, 0);
   if ((state & 0x6) != 0x6 || !bit(seven.b, 5)) return Isa::kScalar;  // XMM and YMM state, AVX2
