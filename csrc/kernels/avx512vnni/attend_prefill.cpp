@@ -215,14 +215,16 @@ void values(const Band& band, std::size_t row, TokenRange range, std::size_t cha
 using Logits = void (*)(Band&, std::size_t, std::size_t) noexcept;
 using Values = void (*)(const Band&, std::size_t, TokenRange, std::size_t) noexcept;
 
-#define INFEROS_BY_VECTORS(f, R) {f<R, 1>, f<R, 2>, f<R, 3>, f<R, 4>}
-#define INFEROS_BY_SHAPE(f)                                                      \
-  {INFEROS_BY_VECTORS(f, 1), INFEROS_BY_VECTORS(f, 2), INFEROS_BY_VECTORS(f, 3), \
-   INFEROS_BY_VECTORS(f, 4), INFEROS_BY_VECTORS(f, 5), INFEROS_BY_VECTORS(f, 6)}
-constexpr Logits kLogits[kRows][4] = INFEROS_BY_SHAPE(logits);
-constexpr Values kValues[kRows][4] = INFEROS_BY_SHAPE(values);
-#undef INFEROS_BY_SHAPE
-#undef INFEROS_BY_VECTORS
+constexpr Logits kLogits[kRows][4] = {
+    {logits<1, 1>, logits<1, 2>, logits<1, 3>, logits<1, 4>}, {logits<2, 1>, logits<2, 2>, logits<2, 3>, logits<2, 4>},
+    {logits<3, 1>, logits<3, 2>, logits<3, 3>, logits<3, 4>}, {logits<4, 1>, logits<4, 2>, logits<4, 3>, logits<4, 4>},
+    {logits<5, 1>, logits<5, 2>, logits<5, 3>, logits<5, 4>}, {logits<6, 1>, logits<6, 2>, logits<6, 3>, logits<6, 4>},
+};
+constexpr Values kValues[kRows][4] = {
+    {values<1, 1>, values<1, 2>, values<1, 3>, values<1, 4>}, {values<2, 1>, values<2, 2>, values<2, 3>, values<2, 4>},
+    {values<3, 1>, values<3, 2>, values<3, 3>, values<3, 4>}, {values<4, 1>, values<4, 2>, values<4, 3>, values<4, 4>},
+    {values<5, 1>, values<5, 2>, values<5, 3>, values<5, 4>}, {values<6, 1>, values<6, 2>, values<6, 3>, values<6, 4>},
+};
 
 // As softmax_step, for rows that see all of the tile.
 template <std::size_t N>
