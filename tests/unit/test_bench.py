@@ -138,7 +138,7 @@ def test_every_installed_peer_solves_a_problem(name: str) -> None:
     if peers.load(name).version() is None:
         pytest.skip(f"{name} is not installed")
     report = ran(Job("decode", [TINY], ["int8"], [name], rounds=1))
-    assert report.peers[0].status == "measured"
+    assert report.peers[0].status.startswith("measured")  # older ones cannot do every format, and the status says so
 
 
 @pytest.mark.parametrize("name", peers.PEERS)

@@ -135,10 +135,10 @@ def _build(problem: Problem, data: SharedData, form: _Format, flash: bool) -> En
     fixed["seqlens_k"] = np.full(problem.batch, problem.context - 1, np.int32)
     fixed["total"] = np.full(1, problem.context, np.int32)
     values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in fixed.items()}
-    bindings = [_bind(session, values, pair) for pair in data.kv(form.data)]
+    bindings = [(_bind(session, values, pair), values) for pair in data.kv(form.data)]  # which does not keep them alive
 
     def call(copy: int) -> None:
-        session.run_with_iobinding(bindings[copy])
+        session.run_with_iobinding(bindings[copy][0])
 
     return Entrant(Contender("ort", call, len(bindings)), problem.elements * 2 * form.bits // 8)
 
