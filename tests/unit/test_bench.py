@@ -138,7 +138,11 @@ def test_every_installed_peer_solves_a_problem(name: str) -> None:
     if peers.load(name).version() is None:
         pytest.skip(f"{name} is not installed")
     report = ran(Job("decode", [TINY], ["int8"], [name], rounds=1))
-    assert report.peers[0].status.startswith("measured")  # older ones cannot do every format, and the status says so
+    status = report.peers[0].status
+    if name == "ort" and importlib.metadata.version("onnxruntime").startswith("1.24."):
+        assert status.startswith("measured; but not int8 per tensor, int8 per channel, int4")  # it has no such cache
+    else:
+        assert status == "measured"
 
 
 @pytest.mark.parametrize("name", peers.PEERS)
