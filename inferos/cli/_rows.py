@@ -11,7 +11,10 @@ from inferos.cli._output import Progress, human_bytes
 from inferos.cli._report import Row
 from inferos.quality import Measures, Recall, Trace, compare, record
 from inferos.quality import recall as recall_tasks
-from inferos.runtime.protocols import DecoderSession, Ids
+from inferos.quality.measures import Position
+from inferos.quality.report import Curve, CurveRecorder, TierMap, tier_map
+from inferos.runtime._compressed import CompressedSequence
+from inferos.runtime.protocols import DecoderSession, Ids, TokenSequence
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -60,6 +63,8 @@ class Outcome:
     rows: list[Row] = field(default_factory=list)
     measures: dict[str, Measures] = field(default_factory=dict)
     recalls: dict[str, Recall] = field(default_factory=dict)
+    curves: dict[str, Curve] = field(default_factory=dict)
+    tiers: dict[str, TierMap] = field(default_factory=dict)
 
     def details(self) -> dict[str, Any]:
         """What stands beside the rows in a report: intervals, counts, recall by task."""
@@ -110,7 +115,16 @@ def _measure_baseline(plan: Plan, outcome: Outcome, found: dict[str, Row], progr
 def _measure_format(plan: Plan, kv: str, trace: Trace, outcome: Outcome, progress: Progress) -> Row:
     progress.describe(f"{kv}: text")
     session = plan.open(kv)
-    outcome.measures[kv] = compare(trace, session, progress=progress.advance)
+    curve = CurveRecorder(len(trace.logits))
+    last = len(trace.ids) - 1  # the last token of the text is not scored, and nothing watches it
+
+    def watch(tokens: int, scored: Position, sequence: TokenSequence) -> None:
+        curve(tokens, scored, sequence)
+        if tokens == last and isinstance(sequence, CompressedSequence):
+            outcome.tiers[kv] = tier_map(sequence.cache)
+
+    outcome.measures[kv] = compare(trace, session, progress=progress.advance, watch=watch)
+    outcome.curves[kv] = curve.curve()
     return _row(kv, outcome.measures[kv], _recall(plan, session, kv, outcome, progress))
 
 

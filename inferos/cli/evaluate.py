@@ -35,7 +35,7 @@ _DEFAULT_CONTEXT = 2048  # tokens
 _SHORTEST = 32  # tokens: below it there is nothing but the FP16 window
 # Characters of a text that are looked at: a longer file cannot make a longer context.
 _LEAST_READ, _LONGEST_TOKEN = 1 << 20, 64
-_DEFAULT_FORMATS = "off,f16,int8,k8v4,int4"
+_DEFAULT_FORMATS = "off,f16,int8,k8v4,int4,auto"
 
 
 def evaluate(
@@ -59,6 +59,10 @@ def evaluate(
     device: DeviceOption = "auto",
     threads: ThreadsOption = 0,
     json_path: JsonOption = None,
+    report_path: Annotated[
+        Path | None,
+        typer.Option("--report", metavar="FILE", help="Write a page with table, plots and tier map, as HTML."),
+    ] = None,
     dry_run: DryRunOption = False,
     _debug: DebugOption = False,
 ) -> None:
@@ -69,6 +73,7 @@ def evaluate(
     _options.check_device(device)
     budget = _options.budget_bytes(memory_limit)
     _output.check_json_path(json_path)
+    _output.check_path("--report", report_path)
     from inferos.runtime.layout import read_layout
     from inferos.runtime.model import resolve_model
     from inferos.runtime.reference import REFERENCE_NAME
@@ -77,7 +82,7 @@ def evaluate(
     length = _context(layout, context)
     given = None if text is None else _read_text(layout, text, length)
     with_recall = model == REFERENCE_NAME if recall is None else recall
-    job = _Job(layout, model, formats, length, given, with_recall, seed, budget, threads)
+    job = _Job(layout, model, formats, length, given, with_recall, seed, budget, threads, report_path)
     if dry_run:
         _plan.show(_plan.describe(layout, model, job.settings()), json_path)
     else:
@@ -97,6 +102,7 @@ class _Job:
     seed: int
     budget: int  # bytes, 0 = no limit
     threads: int
+    report_path: Path | None = None
 
     @property
     def baseline(self) -> str:
@@ -122,6 +128,7 @@ class _Job:
 
     def run(self, json_path: Path | None) -> None:
         """Measure, show, write."""
+        from inferos.cli._page import html
         from inferos.cli._report import Report
         from inferos.cli._rows import Plan, measure_all, table
         from inferos.runtime.environment import environment
@@ -136,10 +143,11 @@ class _Job:
         out = _output.console(json_path)
         out.print(table(outcome))
         source = "a text the model wrote itself" if self.given is None else "the given text"
-        out.print(
-            f"\nAt {len(ids)} tokens of {source}; the last {len(ids) - plan.prompt} were fed one by one and scored "
+        summary = (
+            f"At {len(ids)} tokens of {source}; the last {len(ids) - plan.prompt} were fed one by one and scored "
             f"against kv={self.baseline}."
         )
+        out.print(f"\n{summary}")
         measurement = {
             **self.settings(),
             "text": "given" if self.given is not None else "sampled from the model with the uncompressed cache",
@@ -154,6 +162,9 @@ class _Job:
             rows=outcome.rows,
         )
         _output.write_json(json_path, report.as_json())
+        if self.report_path is not None:
+            facts = {**self.settings(), "seed": measurement["seed"]}
+            self.report_path.write_text(html(outcome, self.model, summary, facts), "utf-8")
 
     def _sample(self, progress: _output.Progress) -> Ids:
         from inferos.quality import sample_text

@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +31,7 @@ from inferos.errors import ConfigError, ContextError, ProviderError, ShapeError
 from inferos.runtime.protocols import DecoderSession, Float32, Ids, TokenSequence
 from inferos.runtime.sampler import Sampler, SamplingOptions
 
-__all__ = ["Interval", "Measures", "Trace", "compare", "evaluate", "record", "sample_text"]
+__all__ = ["Interval", "Measures", "Position", "Trace", "Watch", "compare", "evaluate", "record", "sample_text"]
 
 Float64 = npt.NDArray[np.float64]
 Progress = Callable[[int], None]
@@ -46,6 +47,20 @@ class Interval:
 
     low: float
     high: float
+
+
+class Position(NamedTuple):
+    """One scored prediction: negative log-likelihoods in nats, KLD, change of probability, same top 1 (0 or 1)."""
+
+    nll_reference: float
+    nll: float
+    kld: float
+    delta_p: float
+    same_top1: float
+
+
+Watch = Callable[[int, Position, TokenSequence], None]
+"""Called after a prediction is scored, with the tokens then in the cache, the scores and the sequence itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,15 +167,26 @@ def record(session: DecoderSession, ids: Ids, *, prompt: int | None = None, prog
         raise ConfigError(f"record: prompt is {first}, expected 1..{len(text) - 1} for a text of {len(text)} tokens")
     logits = _room(len(text) - first, session.vocab_size)
 
-    def keep(row: int, values: Float32) -> None:
+    def keep(row: int, values: Float32, _: TokenSequence) -> None:
         logits[row] = values
 
     run = _teacher_force(session, text, first, keep, progress)
     return Trace(text, first, logits, *run)
 
 
-def compare(trace: Trace, session: DecoderSession, *, progress: Progress | None = None) -> Measures:
+def compare(
+    trace: Trace, session: DecoderSession, *, progress: Progress | None = None, watch: Watch | None = None
+) -> Measures:
     """Run a session over the trace's text and measure how far its predictions are from the trace's.
+
+    Parameters
+    ----------
+    trace : Trace
+    session : DecoderSession
+    progress : callable, optional
+        Called with the number of tokens just run.
+    watch : callable, optional
+        Called for every scored position; it may read the sequence but not feed it.
 
     Raises
     ------
@@ -176,8 +202,11 @@ def compare(trace: Trace, session: DecoderSession, *, progress: Progress | None 
         raise ShapeError(f"compare: the session has {session.vocab_size} tokens, the trace {trace.logits.shape[1]}")
     scores = np.empty((len(text) - trace.prompt, 5))
 
-    def score(row: int, values: Float32) -> None:
-        scores[row] = _score(trace.logits[row], values, int(text[trace.prompt + row]))
+    def score(row: int, values: Float32, sequence: TokenSequence) -> None:
+        scored = _score(trace.logits[row], values, int(text[trace.prompt + row]))
+        scores[row] = scored
+        if watch is not None:
+            watch(trace.prompt + row, scored, sequence)
 
     kv_bytes, kv_elements, speed = _teacher_force(session, text, trace.prompt, score, progress)
     return _summary(scores, len(text), kv_bytes, kv_elements, speed)
@@ -255,13 +284,13 @@ def _teacher_force(
     session: DecoderSession,
     text: Ids,
     prompt: int,
-    take: Callable[[int, Float32], None],
+    take: Callable[[int, Float32, TokenSequence], None],
     progress: Progress | None,
 ) -> tuple[int, int, float | None]:
     """Feed the text, hand each prediction to `take`; the cache's bytes and elements and the steps a second."""
     sequence: TokenSequence = session.sequence()
     try:
-        take(0, _finite(session, sequence.feed(text[:prompt]), prompt))
+        take(0, _finite(session, sequence.feed(text[:prompt]), prompt), sequence)
         if progress is not None:
             progress(prompt)
         seconds = 0.0
@@ -271,7 +300,7 @@ def _teacher_force(
             logits = sequence.feed(text[position : position + 1])
             seconds += time.perf_counter() - start
             if position + 1 < len(text):
-                take(position + 1 - prompt, _finite(session, logits, position + 1))
+                take(position + 1 - prompt, _finite(session, logits, position + 1), sequence)
             if progress is not None:
                 progress(1)
         speed = (len(text) - prompt) / seconds if seconds > 0 else None
@@ -293,18 +322,17 @@ def _log_softmax(logits: Float32) -> Float64:
     return values
 
 
-def _score(reference: Float32, logits: Float32, token: int) -> tuple[float, float, float, float, float]:
-    """NLL uncompressed, NLL, KLD, delta p, same top 1 at one position."""
+def _score(reference: Float32, logits: Float32, token: int) -> Position:
     log_p, log_q = _log_softmax(reference), _log_softmax(logits)
     p = np.exp(log_p)
     seen = p > 0  # 0 log 0 = 0
     kld = float(np.sum(p[seen] * (log_p[seen] - log_q[seen])))
-    return (
-        -float(log_p[token]),
-        -float(log_q[token]),
-        max(0.0, kld),  # never negative but for rounding
-        float(np.exp(log_q[token]) - p[token]),
-        float(reference.argmax() == logits.argmax()),
+    return Position(
+        nll_reference=-float(log_p[token]),
+        nll=-float(log_q[token]),
+        kld=max(0.0, kld),  # never negative but for rounding
+        delta_p=float(np.exp(log_q[token]) - p[token]),
+        same_top1=float(reference.argmax() == logits.argmax()),
     )
 
 
