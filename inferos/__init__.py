@@ -19,6 +19,7 @@ from inferos.errors import InferosError
 if _typing.TYPE_CHECKING:
     from inferos.config import Policy
     from inferos.kv import Arena, KVCache, LayerSpec, get_num_threads, kernels, set_num_threads
+    from inferos.quality.monitor import QualityMonitor
     from inferos.runtime.generate import Generation, Token
     from inferos.runtime.model import Conversation, Model, load
     from inferos.runtime.register import register
@@ -36,6 +37,7 @@ __all__ = [
     "LayerSpec",
     "Model",
     "Policy",
+    "QualityMonitor",
     "SamplingOptions",
     "Token",
     "errors",
@@ -56,6 +58,7 @@ _HOMES = {
     "LayerSpec": "inferos.kv",
     "Model": "inferos.runtime.model",
     "Policy": "inferos.config",
+    "QualityMonitor": "inferos.quality.monitor",
     "SamplingOptions": "inferos.runtime.sampler",
     "Token": "inferos.runtime.generate",
     "get_num_threads": "inferos.kv",

@@ -56,25 +56,33 @@ class CurveRecorder:
     Parameters
     ----------
     positions : int
-        Predictions that will be scored.
+        Predictions that will be scored in a text; of several texts of one length the curve is the mean.
     """
 
     def __init__(self, positions: int) -> None:
         self._stretch = max(1, -(-positions // _POINTS))
         self._waiting: list[float] = []
-        self._points: list[tuple[int, float, int]] = []
+        self._last = 0
+        self._points: dict[int, list[tuple[float, int]]] = {}
 
     def __call__(self, tokens: int, scored: Position, sequence: TokenSequence) -> None:
         """Take one scored position."""
+        if tokens <= self._last:  # another text begins
+            self._waiting.clear()
+        self._last = tokens
         self._waiting.append(scored.kld)
         if len(self._waiting) == self._stretch:
-            self._points.append((tokens, sum(self._waiting) / self._stretch, sequence.kv_bytes))
+            self._points.setdefault(tokens, []).append((sum(self._waiting) / self._stretch, sequence.kv_bytes))
             self._waiting.clear()
 
     def curve(self) -> Curve:
         """The stretches so far; one that is not full is left out."""
-        tokens, kld, kv_bytes = zip(*self._points, strict=True) if self._points else ((), (), ())
-        return Curve(tokens, kld, kv_bytes)
+        points = sorted(self._points.items())
+        return Curve(
+            tuple(tokens for tokens, _ in points),
+            tuple(sum(kld for kld, _ in texts) / len(texts) for _, texts in points),
+            tuple(texts[-1][1] for _, texts in points),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -206,9 +206,12 @@ def test_a_curve_holds_means_over_stretches() -> None:
         kv_bytes = 5
 
     recorder = CurveRecorder(64)
-    for token in range(5):
+    for token in range(1, 6):  # the fifth does not fill a stretch
         recorder(token, Position(0, 0, float(token), 0, 1), Sequence())
-    assert recorder.curve() == Curve((1, 3), (0.5, 2.5), (5, 5))
+    assert recorder.curve() == Curve((2, 4), (1.5, 3.5), (5, 5))
+    for token in range(1, 5):  # a second text
+        recorder(token, Position(0, 0, 0.5, 0, 1), Sequence())
+    assert recorder.curve() == Curve((2, 4), (1.0, 2.0), (5, 5))
     assert CurveRecorder(3).curve() == Curve((), (), ())
 
 
