@@ -72,7 +72,7 @@ def test_an_older_chunk_comes_back_within_the_error_of_its_level(tmp_path: Path)
 
 
 @pytest.mark.parametrize("window", [16, 64, 200])
-@pytest.mark.parametrize("tokens", [1, 7, 64, 100])
+@pytest.mark.parametrize("tokens", [3, 7, 64, 100])
 def test_the_newest_tokens_and_the_sinks_are_fp16_at_every_length(window: int, tokens: int) -> None:
     engine = KVQuantizationEngine(recent_window=window)
     engine.update_quantization_policy(1, 0)
