@@ -71,8 +71,7 @@ def evaluate(
     threads: ThreadsOption = 0,
     json_path: JsonOption = None,
     report_path: Annotated[
-        Path | None,
-        typer.Option("--report", metavar="FILE", help="Write a page with table, plots and tier map, as HTML."),
+        Path | None, typer.Option("--report", metavar="FILE", help="Write a page with plots and a tier map, as HTML.")
     ] = None,
     dry_run: DryRunOption = False,
     _debug: DebugOption = False,
