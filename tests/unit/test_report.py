@@ -84,7 +84,7 @@ def measures(**changed: Any) -> Measures:
 def full_page(name: str = "model", shape: tuple[int, int, int] = (3, 2, 5)) -> Page:
     random = np.random.default_rng(0)
     tiers = TierMap("auto", 64 * shape[2], random.integers(0, 4, shape).astype(np.uint8), random.random(shape))
-    recall = Recall(0.5, 0.1, 0.9, (True, False), {"kv": 0.5}, 1.0, 200)
+    recall = Recall(0.5, 0.1, 0.9, (True, False), {"kv": 0.5}, {}, 1.0, 200)
     rows = [
         ResultRow("off", 1 << 22, 32.0, 90.0, 12.4),
         ResultRow("int8", 1 << 21, 8.5, 100.0, 12.5, measures(), recall),
