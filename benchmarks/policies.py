@@ -1,21 +1,24 @@
-"""Sessions that the policy benchmarks compare: scorers' mixes at equal bytes, and other formats simulated on stock attention.
+"""Sessions that the policy benchmarks compare: scorers at equal bytes, and other formats simulated on stock attention.
 
 `MixedSession` drives a cache from outside: after the prompt and every 64 decoded tokens it demotes, and where told evicts,
 the blocks that a scorer ranks lowest, the same number in every (layer, kv head) whatever the scorer. So the mixes of all
-scorers have the same bytes to the byte. `SimulatedSession` is stock attention whose past is rounded, in place, to what
-another format would hold; the sinks, the recent window and the grid of blocks of 64 tokens are those of our cache.
+scorers have the same bytes to the byte. `KeepingSession` evicts from an FP16 cache until it has a given size.
+
+`SimulatedSession` is stock attention whose past is rounded, in place, to what another format would hold; the sinks, the
+recent window and the grid of blocks of 64 tokens are those of our cache.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from inferos.errors import ConfigError
 from inferos.kv import KVCache
 from inferos.kv.scorers import make_scorer
 from inferos.kv.statistics import Blocks
@@ -71,13 +74,13 @@ class Mix:
     narrow: str = "int4"
 
 
-class MixedSession:
-    """A decoder whose blocks go down as a scorer says.
+class DrivenSession:
+    """A decoder whose cache is changed from outside behind a step.
 
     Parameters
     ----------
-    layout : ModelLayout
-    mix : Mix
+    inner : DecoderSession
+        A compressed one.
     scorer : str
         A name of `inferos.kv.scorers.SCORERS`.
     seed : int, default 0
@@ -86,18 +89,20 @@ class MixedSession:
         Scores are taken behind the prompt alone; blocks decoded later rank above all others (as the SnapKV paper has it).
     """
 
-    def __init__(self, layout: ModelLayout, mix: Mix, scorer: str, *, seed: int = 0, once: bool = False) -> None:
-        # With L2 = 0 the cache's own reviews demote nothing; it still measures the attention.
-        self.inner = open_session(layout, kv="auto", thresholds=(1.0, 0.0, 0.0), l2_format=mix.narrow, threads=1)
-        self.mix, self.scorer, self.seed, self.once = mix, scorer, seed, once
-        self.kv = "auto"
-        self.vocab_size, self.context_length = self.inner.vocab_size, self.inner.context_length
+    def __init__(self, inner: DecoderSession, scorer: str, *, seed: int = 0, once: bool = False) -> None:
+        self.inner, self.scorer, self.seed, self.once = inner, scorer, seed, once
+        self.kv = inner.kv
+        self.vocab_size, self.context_length = inner.vocab_size, inner.context_length
 
-    def sequence(self) -> MixedSequence:
-        return MixedSequence(self, self.inner.sequence())
+    def sequence(self) -> DrivenSequence:
+        return DrivenSequence(self, self.inner.sequence())
 
     def step(self, sequences: Sequence[TokenSequence], ids: Ids) -> Float32:
         raise NotImplementedError("the benchmarks feed one sequence at a time")
+
+    def review(self, sequence: DrivenSequence, fed: int) -> None:
+        """Change the cache behind a step of `fed` tokens."""
+        raise NotImplementedError
 
     def worth(self, cache: KVCache, layer: int, head: int, blocks: int) -> Scores:
         """Scores (blocks,) of the blocks outside the window; unknown ones rank lowest."""
@@ -113,10 +118,10 @@ class MixedSession:
         return np.where(np.isnan(scores), -np.inf, scores)
 
 
-class MixedSequence:
-    """One sequence of a `MixedSession`."""
+class DrivenSequence:
+    """One sequence of a `DrivenSession`."""
 
-    def __init__(self, session: MixedSession, inner: TokenSequence) -> None:
+    def __init__(self, session: DrivenSession, inner: TokenSequence) -> None:
         self.session, self.inner = session, inner
         self.cache: KVCache = inner.cache  # type: ignore[attr-defined]
         self.frozen: dict[tuple[int, int], Scores] = {}
@@ -136,8 +141,7 @@ class MixedSequence:
 
     def feed(self, ids: Ids) -> Float32:
         logits = self.inner.feed(ids)
-        if len(ids) > 1 or self.length % BLOCK == 0:
-            self.review()
+        self.session.review(self, len(ids))
         return logits
 
     def feed_all(self, ids: Ids) -> Float32:
@@ -152,30 +156,79 @@ class MixedSequence:
     def close(self) -> None:
         self.inner.close()
 
-    def review(self) -> None:
-        blocks = due_blocks(self.length)
+    def heads(self) -> Iterator[tuple[int, int]]:
+        """Every (layer, kv head)."""
         for layer, spec in enumerate(self.cache.layers):
-            for head in range(spec.kv_heads if blocks else 0):
-                self._review_head(layer, head, blocks)
+            for head in range(spec.kv_heads):
+                yield layer, head
 
-    def _worth(self, layer: int, head: int, blocks: int) -> Scores:
-        if not self.session.once:
-            return self.session.worth(self.cache, layer, head, blocks)
-        first = self.frozen.setdefault((layer, head), self.session.worth(self.cache, layer, head, blocks))
-        return np.concatenate([first, np.full(blocks - len(first), np.inf)])
+    def order(self, layer: int, head: int, blocks: int) -> npt.NDArray[np.int64]:
+        """Blocks outside the window, the least important first."""
+        if self.session.once:
+            first = self.frozen.get((layer, head))
+            if first is None:
+                first = self.frozen[layer, head] = self.session.worth(self.cache, layer, head, blocks)
+            worth = np.concatenate([first, np.full(blocks - len(first), np.inf)])
+        else:
+            worth = self.session.worth(self.cache, layer, head, blocks)
+        return np.argsort(worth, kind="stable")
 
-    def _review_head(self, layer: int, head: int, blocks: int) -> None:
-        mix, cache = self.session.mix, self.cache
-        order = np.argsort(self._worth(layer, head, blocks), kind="stable")
-        # A block is what its first token is held in; a block that has left the window is packed at the next step only.
-        held = cache.formats(layer, head)[SINKS::BLOCK][:blocks]
-        surplus = int(np.sum(held <= INT8)) - math.ceil(mix.above * blocks - 1e-9)
-        for block in order[held[order] <= INT8][: max(0, surplus)]:
-            cache.demote(layer, head, int(block), mix.narrow)
-        missing = math.floor(mix.evicted * blocks + 1e-9) - int(np.sum(held == NOT_HELD))
-        held = cache.formats(layer, head)[SINKS::BLOCK][:blocks]
-        for block in order[held[order] == NARROW[mix.narrow]][: max(0, missing)]:
-            cache.evict(layer, head, int(block))
+    def held(self, layer: int, head: int, blocks: int) -> npt.NDArray[np.uint8]:
+        """What each of the blocks is held in; one that has left the window is packed at the next step only."""
+        return self.cache.formats(layer, head)[SINKS::BLOCK][:blocks]
+
+
+class MixedSession(DrivenSession):
+    """INT8, a narrower format and eviction in given shares, by a scorer's ranks."""
+
+    def __init__(self, layout: ModelLayout, mix: Mix, scorer: str, *, seed: int = 0) -> None:
+        # With L2 = 0 the cache's own reviews demote nothing; it still measures the attention.
+        inner = open_session(layout, kv="auto", thresholds=(1.0, 0.0, 0.0), l2_format=mix.narrow, threads=1)
+        super().__init__(inner, scorer, seed=seed)
+        self.mix = mix
+
+    def review(self, sequence: DrivenSequence, fed: int) -> None:
+        blocks = due_blocks(sequence.length)
+        if blocks == 0 or (fed == 1 and sequence.length % BLOCK):
+            return
+        mix, cache = self.mix, sequence.cache
+        for layer, head in sequence.heads():
+            order, held = sequence.order(layer, head, blocks), sequence.held(layer, head, blocks)
+            surplus = int(np.sum(held <= INT8)) - math.ceil(mix.above * blocks - 1e-9)
+            for block in order[held[order] <= INT8][: max(0, surplus)]:
+                cache.demote(layer, head, int(block), mix.narrow)
+            held = sequence.held(layer, head, blocks)
+            missing = math.floor(mix.evicted * blocks + 1e-9) - int(np.sum(held == NOT_HELD))
+            for block in order[held[order] == NARROW[mix.narrow]][: max(0, missing)]:
+                cache.evict(layer, head, int(block))
+
+
+class KeepingSession(DrivenSession):
+    """FP16 alone, within a number of bytes: the blocks a scorer ranks lowest are evicted, as many in every head.
+
+    The prompt itself is processed uncompressed, as StreamingLLM's and SnapKV's papers do it.
+    """
+
+    def __init__(self, layout: ModelLayout, budget_bytes: int, scorer: str, *, once: bool = False) -> None:
+        # With L1 = 0 auto keeps everything in FP16 and measures the attention; who ignores it need not pay for it.
+        auto = {"kv": "auto", "thresholds": (0.0, 0.0, 0.0)}
+        options = {"kv": "f16"} if scorer in ("recency", "streaming_llm") else auto
+        super().__init__(open_session(layout, threads=1, **options), scorer, once=once)  # type: ignore[arg-type]
+        self.budget_bytes = budget_bytes
+
+    def review(self, sequence: DrivenSequence, fed: int) -> None:  # noqa: ARG002 - its size counts, not the step's
+        blocks = due_blocks(sequence.length)
+        if sequence.kv_bytes <= self.budget_bytes:
+            return
+        orders = {place: sequence.order(*place, blocks) for place in sequence.heads()}
+        while sequence.kv_bytes > self.budget_bytes:
+            evicted = 0
+            for (layer, head), order in orders.items():
+                held = sequence.held(layer, head, blocks)
+                for block in order[held[order] != NOT_HELD][:1]:
+                    evicted += sequence.cache.evict(layer, head, int(block))
+            if not evicted:
+                raise ConfigError(f"{self.budget_bytes} bytes do not hold the sinks and the window")
 
 
 # Simulations.
