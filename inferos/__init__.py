@@ -21,6 +21,7 @@ if _typing.TYPE_CHECKING:
     from inferos.kv import Arena, KVCache, LayerSpec, get_num_threads, kernels, set_num_threads
     from inferos.kv.engine import KVQuantizationEngine, QuantizationLevel
     from inferos.kv.importance import ImportanceCalculator
+    from inferos.quality.monitor import QualityMonitor
     from inferos.runtime.generate import Generation, Token
     from inferos.runtime.model import Conversation, Model, load
     from inferos.runtime.register import register
@@ -41,6 +42,7 @@ __all__ = [
     "Model",
     "Policy",
     "QuantizationLevel",
+    "QualityMonitor",
     "SamplingOptions",
     "Token",
     "errors",
@@ -64,6 +66,7 @@ _HOMES = {
     "Model": "inferos.runtime.model",
     "Policy": "inferos.config",
     "QuantizationLevel": "inferos.kv.engine",
+    "QualityMonitor": "inferos.quality.monitor",
     "SamplingOptions": "inferos.runtime.sampler",
     "Token": "inferos.runtime.generate",
     "get_num_threads": "inferos.kv",
