@@ -97,11 +97,13 @@ def _caches(word: str, layout: ModelLayout) -> list[tuple[str, CachePlan]]:
     from inferos.kv.footprint import CachePlan
 
     rules = Policy().resolve()
+    # Whether INT4 is safe for a layer's keys shows only on a prompt; until then K8V4 stands.
+    narrowest = "k8v4" if rules.l2_format == "auto" else rules.l2_format
     layers = tuple(LayerSpec(layer.kv_heads, layer.head_dim, layer.local_window) for layer in layout.layers)
 
     def cache(thresholds: Thresholds) -> CachePlan:
         shares = (thresholds.l1_int8, thresholds.l2_int4, thresholds.l3_evict)
-        return CachePlan(layers, word, rules.recent_window, rules.sink_tokens, shares, rules.l2_format)
+        return CachePlan(layers, word, rules.recent_window, rules.sink_tokens, shares, narrowest)
 
     if word != "auto":
         return [(word, cache(rules.thresholds))]
@@ -109,13 +111,14 @@ def _caches(word: str, layout: ModelLayout) -> list[tuple[str, CachePlan]]:
 
 
 def _dynamic(start: Thresholds) -> dict[str, Thresholds]:
-    """The default mode's thresholds, and those that it moves to: for quality, and under pressure."""
-    from inferos.config import MODES
+    """The default mode's thresholds, and the furthest it moves them: for quality, and under pressure."""
+    from inferos.kv.policy import DynamicPolicy
 
+    moved = DynamicPolicy(start)
     return {
         "auto": start,
-        "auto, for quality": MODES["quality_optimized"].thresholds,
-        "auto, under pressure": MODES["throughput_optimized"].thresholds,
+        "auto, for quality": moved.thresholds(-1.0),
+        "auto, under pressure": moved.thresholds(1.0),
     }
 
 

@@ -75,8 +75,8 @@ class CachePlan:
     layers : tuple of LayerSpec
     kv : "f16", "int8", "k8v4", "int4" or "auto"
     recent_window, sink_tokens, thresholds, l2_format
-        As of `KVCache`. `auto` is counted as it is once its reviews are done; the newest blocks come to that only
-        some reviews later.
+        As of `KVCache`, `l2_format` being k8v4 or int4. `auto` is counted as it is once its reviews are done; the
+        newest blocks come to that only some reviews later.
     prefill_chunk : int, default 512
         Tokens of one run of a prompt at most: they are in FP16 for a moment.
 
@@ -97,6 +97,8 @@ class CachePlan:
     def __post_init__(self) -> None:
         if self.kv not in KV_FORMATS:
             raise ConfigError(f"kv: {self.kv!r} is not one of {', '.join(KV_FORMATS)}")
+        if self.l2_format not in ("k8v4", "int4"):
+            raise ConfigError(f"l2_format: {self.l2_format!r} is not one of k8v4, int4: a plan needs to know which")
         check_thresholds(self.thresholds)
 
     def at(self, tokens: int, rows: int = 1) -> Footprint:

@@ -143,7 +143,7 @@ def test_nothing_fits_a_budget_that_is_too_small() -> None:
     assert plan.rows(1 << 20, 100) == 0
 
 
-@pytest.mark.parametrize("options", [{"kv": "int2"}, {"thresholds": (0.5, 0.7, 0.3)}])
+@pytest.mark.parametrize("options", [{"kv": "int2"}, {"l2_format": "auto"}, {"thresholds": (0.5, 0.7, 0.3)}])
 def test_a_wrong_plan_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         CachePlan(LAYERS, **options)
