@@ -19,8 +19,11 @@ from inferos.errors import InferosError
 if _typing.TYPE_CHECKING:
     from inferos.config import Policy
     from inferos.kv import Arena, KVCache, LayerSpec, get_num_threads, kernels, set_num_threads
+    from inferos.quality.measurement import QualityMeasurement
     from inferos.quality.monitor import QualityMonitor
+    from inferos.quality.scheduler import QualityScheduler
     from inferos.runtime.generate import Generation, Token
+    from inferos.runtime.metrics import FTLMeasurement, MetricsCalculator
     from inferos.runtime.model import Conversation, Model, load
     from inferos.runtime.register import register
     from inferos.runtime.rewrite import rewrite
@@ -31,13 +34,17 @@ if _typing.TYPE_CHECKING:
 __all__ = [
     "Arena",
     "Conversation",
+    "FTLMeasurement",
     "Generation",
     "InferosError",
     "KVCache",
     "LayerSpec",
+    "MetricsCalculator",
     "Model",
     "Policy",
+    "QualityMeasurement",
     "QualityMonitor",
+    "QualityScheduler",
     "SamplingOptions",
     "Token",
     "errors",
@@ -53,12 +60,16 @@ __all__ = [
 _HOMES = {
     "Arena": "inferos.kv",
     "Conversation": "inferos.runtime.model",
+    "FTLMeasurement": "inferos.runtime.metrics",
     "Generation": "inferos.runtime.generate",
     "KVCache": "inferos.kv",
     "LayerSpec": "inferos.kv",
+    "MetricsCalculator": "inferos.runtime.metrics",
     "Model": "inferos.runtime.model",
     "Policy": "inferos.config",
+    "QualityMeasurement": "inferos.quality.measurement",
     "QualityMonitor": "inferos.quality.monitor",
+    "QualityScheduler": "inferos.quality.scheduler",
     "SamplingOptions": "inferos.runtime.sampler",
     "Token": "inferos.runtime.generate",
     "get_num_threads": "inferos.kv",

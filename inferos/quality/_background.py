@@ -52,5 +52,5 @@ class Background:
                 return
             try:
                 self._work()
-            except Exception:
+            except Exception:  # noqa: BLE001 - one bad turn must not end the thread
                 _log.exception("%s failed", self._thread.name)

@@ -12,6 +12,7 @@ is at least 16 positions.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 import threading
@@ -312,36 +313,35 @@ class ShadowReplay:
             if reading is None:
                 self._count("unfinished")
                 return None
-            with self._lock:
-                self._readings.append(reading)
-            self._count("replayed")
-            if self._observe is not None:
-                self._observe(reading.delta_ppl)
-            return reading
         except InferosError as error:
             self.last_error = str(error)
             self._count("failed")
             _log.warning("a shadow replay failed: %s", error)
             return None
+        with self._lock:
+            self._readings.append(reading)
+        self._count("replayed")
+        if self._observe is not None:
+            try:
+                self._observe(reading.delta_ppl)
+            except InferosError as error:
+                self.last_error = str(error)
+                _log.warning("a shadow reading was refused: %s", error)
+        return reading
 
     def _count(self, name: str) -> None:
         with self._lock:
             self._counts = replace(self._counts, **{name: getattr(self._counts, name) + 1})
 
-    def _replay(
-        self, request: _Request, reference: DecoderSession, session: DecoderSession
-    ) -> ShadowReading | None:
+    def _replay(self, request: _Request, reference: DecoderSession, session: DecoderSession) -> ShadowReading | None:
         start = self._clock()
         scores: list[tuple[float, ...]] = []
-        pair: list[TokenSequence] = []
-        try:
-            pair = [reference.sequence(), session.sequence()]
+        sides = (reference, session)
+        with contextlib.ExitStack() as held:
+            pair = [held.enter_context(contextlib.closing(side.sequence())) for side in sides]
             for position, logits in self._predictions(request, pair, start):
-                rows = [finite(s, row, position) for s, row in zip((reference, session), logits, strict=True)]
+                rows = [finite(side, row, position) for side, row in zip(sides, logits, strict=True)]
                 scores.append(score(rows[0], rows[1], int(request.ids[position])))
-        finally:
-            for sequence in pair:
-                sequence.close()
         if len(scores) < _FEWEST or self._closed:
             return None
         complete = len(scores) == len(request.ids) - request.prompt
@@ -383,7 +383,9 @@ def _reading(scores: Sequence[tuple[float, ...]], prompt: int, seconds: float, c
 
 def _check_sampling(every: int | None, probability: float | None) -> None:
     if (every is None) == (probability is None):
-        raise ConfigError(f"ShadowReplay: every is {every!r}, probability {probability!r}; expected exactly one of them")
+        raise ConfigError(
+            f"ShadowReplay: every is {every!r}, probability {probability!r}; expected exactly one of them"
+        )
     if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
         raise ConfigError(f"every: {every!r} is not a whole number of at least 1")
     if probability is not None and not 0 < probability <= 1:
