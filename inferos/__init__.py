@@ -19,6 +19,8 @@ from inferos.errors import InferosError
 if _typing.TYPE_CHECKING:
     from inferos.config import Policy
     from inferos.kv import Arena, KVCache, LayerSpec, get_num_threads, kernels, set_num_threads
+    from inferos.kv.engine import KVQuantizationEngine, QuantizationLevel
+    from inferos.kv.importance import ImportanceCalculator
     from inferos.quality.measurement import QualityMeasurement
     from inferos.quality.monitor import QualityMonitor
     from inferos.quality.scheduler import QualityScheduler
@@ -36,8 +38,10 @@ __all__ = [
     "Conversation",
     "FTLMeasurement",
     "Generation",
+    "ImportanceCalculator",
     "InferosError",
     "KVCache",
+    "KVQuantizationEngine",
     "LayerSpec",
     "MetricsCalculator",
     "Model",
@@ -45,6 +49,7 @@ __all__ = [
     "QualityMeasurement",
     "QualityMonitor",
     "QualityScheduler",
+    "QuantizationLevel",
     "SamplingOptions",
     "Token",
     "errors",
@@ -62,7 +67,9 @@ _HOMES = {
     "Conversation": "inferos.runtime.model",
     "FTLMeasurement": "inferos.runtime.metrics",
     "Generation": "inferos.runtime.generate",
+    "ImportanceCalculator": "inferos.kv.importance",
     "KVCache": "inferos.kv",
+    "KVQuantizationEngine": "inferos.kv.engine",
     "LayerSpec": "inferos.kv",
     "MetricsCalculator": "inferos.runtime.metrics",
     "Model": "inferos.runtime.model",
@@ -70,6 +77,7 @@ _HOMES = {
     "QualityMeasurement": "inferos.quality.measurement",
     "QualityMonitor": "inferos.quality.monitor",
     "QualityScheduler": "inferos.quality.scheduler",
+    "QuantizationLevel": "inferos.kv.engine",
     "SamplingOptions": "inferos.runtime.sampler",
     "Token": "inferos.runtime.generate",
     "get_num_threads": "inferos.kv",

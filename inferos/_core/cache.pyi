@@ -56,9 +56,9 @@ def kept_from(handle: typing.SupportsInt | typing.SupportsIndex) -> int:
     ...
 def length(handle: typing.SupportsInt | typing.SupportsIndex) -> int:
     ...
-def open(layers: collections.abc.Sequence[tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex]], formats: collections.abc.Sequence[str], recent_window: typing.SupportsInt | typing.SupportsIndex, sink_tokens: typing.SupportsInt | typing.SupportsIndex, max_tokens: typing.SupportsInt | typing.SupportsIndex, arena: inferos._core.Arena, thresholds: tuple[typing.SupportsFloat | typing.SupportsIndex, typing.SupportsFloat | typing.SupportsIndex, typing.SupportsFloat | typing.SupportsIndex] | None = None) -> int:
+def open(layers: collections.abc.Sequence[tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex]], formats: collections.abc.Sequence[str], recent_window: typing.SupportsInt | typing.SupportsIndex, sink_tokens: typing.SupportsInt | typing.SupportsIndex, max_tokens: typing.SupportsInt | typing.SupportsIndex, arena: inferos._core.Arena, thresholds: tuple[typing.SupportsFloat | typing.SupportsIndex, typing.SupportsFloat | typing.SupportsIndex, typing.SupportsFloat | typing.SupportsIndex, typing.SupportsFloat | typing.SupportsIndex] | None = None) -> int:
     """
-    layers: (kv_heads, head_dim, local_window) each; thresholds: None or (l1, l2, gamma) -> handle
+    layers: (kv_heads, head_dim, local_window) each; thresholds: None or (l1, l2, l3, gamma) -> handle
     """
 def open_sequences() -> int:
     ...

@@ -114,8 +114,8 @@ def load(
         budget_bytes=budget,
         threads=threads,
         prefill_chunk=prefill_chunk,
-        thresholds=(resolved.thresholds.l1_int8, resolved.thresholds.l2_int4),
-        l2_format=resolved.l2_format,
+        thresholds=resolved.thresholds.as_tuple(),
+        l2_format="k8v4" if resolved.l2_format == "auto" else resolved.l2_format,
     )
     if rules.kv.layer_overrides:
         _log.warning("kv.layer_overrides is not in force yet: every layer is kept as kv=%s says", session.kv)
