@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from inferos.config import Thresholds
 from inferos.errors import ConfigError
+from inferos.runtime.cache_rules import CacheRules
 from inferos.runtime.layout import ModelLayout, read_layout
 from inferos.runtime.protocols import DecoderSession
 
@@ -21,7 +23,8 @@ def open_session(
     threads: int = 0,
     prefill_chunk: int = 512,
     thresholds: tuple[float, float, float] = (1.0, 0.7, 0.3),
-    l2_format: str = "k8v4",
+    l2_format: str = "auto",
+    rules: CacheRules | None = None,
 ) -> DecoderSession:
     """Open a decoder model on the CPU.
 
@@ -45,7 +48,10 @@ def open_session(
     thresholds : (float, float, float)
         For auto: L1, L2 and L3, as in `inferos.kv.KVCache`.
     l2_format : str
-        For auto: the narrowest format, k8v4 or int4.
+        For auto: the narrowest format, k8v4 or int4; auto = each layer decides.
+    rules : CacheRules, optional
+        All of it about the caches; kv (unless it is off), recent_window, sink_tokens, thresholds and l2_format are not
+        looked at then.
 
     Returns
     -------
@@ -79,14 +85,8 @@ def open_session(
         return StockSession(layout, threads=threads, prefill_chunk=prefill_chunk)
     from inferos.runtime._compressed import CompressedSession
 
+    if rules is None:
+        rules = CacheRules(kv, recent_window, sink_tokens, Thresholds(*thresholds), l2_format)
     return CompressedSession(
-        layout,
-        kv=kv,
-        recent_window=recent_window,
-        sink_tokens=sink_tokens,
-        arena=Arena(budget_bytes),
-        threads=threads,
-        prefill_chunk=prefill_chunk,
-        thresholds=thresholds,
-        l2_format=l2_format,
+        layout, rules=rules, arena=Arena(budget_bytes), threads=threads, prefill_chunk=prefill_chunk
     )
