@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import operator
 import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -18,9 +18,12 @@ import numpy.typing as npt
 
 from inferos.config import Policy, check_kv, load_policy, parse_size
 from inferos.errors import BusyError, ClosedError, ConfigError, ContextError, ModelError, ShapeError
+from inferos.kv.policy import PolicyStore, PolicyVersion
+from inferos.runtime.cache_rules import CacheRules
 from inferos.runtime.chat import ChatTemplate, Message, check_messages, find_template
+from inferos.runtime.effective import EffectivePolicy, describe_policy
 from inferos.runtime.generate import CachedTokens, Cancel, Generation, Limits, check_stops
-from inferos.runtime.protocols import DecoderSession, Ids
+from inferos.runtime.protocols import DecoderSession, FollowsRules, Ids
 from inferos.runtime.sampler import Sampler, SamplingOptions
 from inferos.runtime.tokenizer import TextTokenizer, read_json
 
@@ -32,7 +35,6 @@ Prompt = str | Sequence[int] | npt.NDArray[np.integer[Any]] | Sequence[Message]
 """A text, ids (tokens,), or messages for the model's chat template."""
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-_log = logging.getLogger(__name__)
 
 
 def resolve_model(model: str | Path) -> Path:
@@ -102,23 +104,17 @@ def load(
     from inferos.runtime.session import open_session
 
     rules = load_policy(policy)
-    resolved = rules.resolve()
     word = check_kv(kv)
     budget = rules.io.host_pool_bytes if budget_bytes is None else parse_size(budget_bytes)
     layout = read_layout(resolve_model(model))
     session = open_session(
         layout,
-        kv=resolved.kv if word == "auto" else word,
-        recent_window=resolved.recent_window,
-        sink_tokens=resolved.sink_tokens,
+        kv="off" if word == "off" else "auto",
+        rules=CacheRules.of(rules, len(layout.layers), word),
         budget_bytes=budget,
         threads=threads,
         prefill_chunk=prefill_chunk,
-        thresholds=resolved.thresholds.as_tuple(),
-        l2_format="k8v4" if resolved.l2_format == "auto" else resolved.l2_format,
     )
-    if rules.kv.layer_overrides:
-        _log.warning("kv.layer_overrides is not in force yet: every layer is kept as kv=%s says", session.kv)
     return Model(
         session,
         folder=layout.folder,
@@ -126,6 +122,7 @@ def load(
         bos_id=layout.bos_id,
         eos_ids=layout.eos_ids,
         policy=rules,
+        policy_word=word,
         prefill_chunk=prefill_chunk,
     )
 
@@ -141,9 +138,16 @@ class Model:
     name : str
     bos_id, eos_ids : special ids of the model's configuration
     policy : Policy, optional
+    policy_word : str, optional
+        The `--kv` word: auto leaves the format to the policy. The session's own unless given.
     prefill_chunk : int
         Tokens fed between two looks at the cancel event.
     clock : seconds, monotonic
+
+    Attributes
+    ----------
+    policies : PolicyStore
+        The policy in force and its history. What is changed there is in force like `set_policy`.
 
     Notes
     -----
@@ -159,6 +163,7 @@ class Model:
         bos_id: int | None = None,
         eos_ids: Sequence[int] = (),
         policy: Policy | None = None,
+        policy_word: str | None = None,
         prefill_chunk: int = 512,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -167,12 +172,64 @@ class Model:
         self.name = name
         self.bos_id = bos_id
         self.eos_ids = tuple(eos_ids)
-        self.policy = policy or Policy()
+        self._word = policy_word or session.kv
+        self._first = policy or Policy()
+        self.policies = PolicyStore(self._first, apply=self._follow)
         self._prefill_chunk = prefill_chunk
         self._clock = clock
         self._closed = False
         self._open: weakref.WeakSet[Generation | Conversation] = weakref.WeakSet()
         self._open_lock = threading.Lock()
+
+    @property
+    def policy(self) -> Policy:
+        """The policy in force."""
+        return self.policies.policy
+
+    @property
+    def policy_history(self) -> tuple[PolicyVersion, ...]:
+        """The policies that were in force, oldest first; the last one is."""
+        return self.policies.history
+
+    def set_policy(self, changes: Mapping[str, Any], reason: str) -> int:
+        """Change the policy while the model runs; the new version's number.
+
+        Open sequences follow from their next review on, as far as an open cache can: its sinks, its scorer and a
+        fixed format stay. New sequences are kept by the new policy. `effective_policy` says what is not in force.
+
+        Parameters
+        ----------
+        changes : mapping
+            Merged into the policy, as `Policy.update`.
+        reason : str
+            For the history.
+
+        Raises
+        ------
+        ConfigError
+            If a change is refused, or names a layer the model does not have; nothing is changed.
+        """
+        return self.policies.update(changes, reason)
+
+    @property
+    def effective_policy(self) -> EffectivePolicy:
+        """What is in force beside what was asked for."""
+        arena = getattr(self.session, "arena", None)
+        return describe_policy(
+            self.policies.current,
+            self._first,
+            getattr(self.session, "rules", None),
+            word=self._word,
+            budget_bytes=None if arena is None else arena.stats().budget_bytes,
+        )
+
+    def watch_quality(self, source: Callable[[], float | None]) -> None:
+        """Let mode dynamic follow a measured quality: `source` gives the newest delta PPL, or None.
+
+        It is asked before a review, by the thread that decodes; `inferos.quality.QualityMonitor.current` is meant.
+        """
+        if isinstance(self.session, FollowsRules):
+            self.session.measured_delta_ppl = source
 
     @property
     def kv(self) -> str:
@@ -363,7 +420,17 @@ class Model:
             special = self.tokenizer.special_tokens
             ends.update(special[text] for text in texts if text in special)
             texts = tuple(text for text in texts if text not in special)
-        return Sampler(options), Limits(count, frozenset(ends), texts, cancel)
+        return Sampler(options), Limits(
+            count, frozenset(ends), texts, cancel, budget_ends=self.policy.kv.overflow == "stop"
+        )
+
+    def _follow(self, policy: Policy) -> None:
+        """Bring a policy into force. Before the first change a fixed format that it chose is kept as such."""
+        if not isinstance(self.session, FollowsRules):
+            return
+        rules = CacheRules.of(policy, len(self.session.layout.layers), self._word)
+        # What may change again is reviewed: an open cache of a fixed format could not follow.
+        self.session.rules = replace(rules, kv="auto") if self._word == "auto" else rules
 
     def _cache(self) -> CachedTokens:
         return CachedTokens(self.session, self._prefill_chunk)
@@ -463,7 +530,7 @@ class Conversation:
         self._messages = messages
 
         def end(generation: Generation, error: BaseException | None) -> None:
-            if error is not None or (generation.tokens == 0 and generation.finish_reason == "cancelled"):
+            if error is not None or (generation.tokens == 0 and generation.finish_reason in ("cancelled", "budget")):
                 self._messages = before
             else:
                 self._messages.append({"role": "assistant", "content": generation.text})
