@@ -86,7 +86,8 @@ LayerScores LayerScores::fork(Arena& arena) const {
   copy.keep_ = keep_;
   copy.records_.reserve(records_.size());
   for (const ScorePtr& record : records_) {
-    copy.records_.push_back(std::make_unique<ScoreRecord>(arena));
+    copy.records_.push_back(record == nullptr ? nullptr : std::make_unique<ScoreRecord>(arena));
+    if (record == nullptr) continue;
     std::memcpy(copy.records_.back()->average(), record->average(), ScoreRecord::kBytes);
   }
   copy.weights_ = weights_;
@@ -115,7 +116,9 @@ void LayerScores::fold(const Grid& grid, std::span<const float> mass, std::int64
     const GridEntry& entry = grid[first_ + i];
     weights_[i] = weights_[i] * keep_ + (1.0 - keep_);
     for (std::size_t h = 0; h < heads_; ++h) {
-      std::uint16_t* stored = records_[at(h, first_ + i)]->average();
+      const ScorePtr& record = records_[at(h, first_ + i)];
+      if (record == nullptr) continue;
+      std::uint16_t* stored = record->average();
       const float* received = mass.data() + h * static_cast<std::size_t>(visible) + entry.start;
       fold_block(stored, received, entry.tokens, keep, add);
     }
@@ -123,13 +126,27 @@ void LayerScores::fold(const Grid& grid, std::span<const float> mass, std::int64
 }
 
 double LayerScores::score(const Grid& grid, std::size_t head, std::size_t index) const noexcept {
-  if (index < first_ || index - first_ >= blocks() || weights_[index - first_] <= 0.0) return -1.0;
+  if (!is_measured(head, index)) return -1.0;
   const ScoreRecord& record = *records_[at(head, index)];
   const std::size_t tokens = grid[index].tokens;
   const std::size_t heaviest = std::min(kernels::kHeaviest, tokens);
   const double sum = kernels::importance().heaviest(record.average(), record.norm(), tokens);
   // The average starts at 0: dividing by its weights' sum gives young blocks their due.
   return sum / static_cast<double>(heaviest) / weights_[index - first_] / static_cast<double>(kMassUnit);
+}
+
+double LayerScores::mass(const Grid& grid, std::size_t head, std::size_t index) const noexcept {
+  if (!is_measured(head, index)) return -1.0;
+  const std::uint16_t* average = records_[at(head, index)]->average();
+  float values[kBlockTokens];
+  kernels::convert().f16_to_f32(average, grid[index].tokens, values);
+  const double sum = std::accumulate(values, values + grid[index].tokens, 0.0);
+  return sum / weights_[index - first_] / static_cast<double>(kMassUnit);
+}
+
+std::size_t LayerScores::bytes() const noexcept {
+  const auto none = static_cast<std::size_t>(std::count(records_.begin(), records_.end(), nullptr));
+  return (records_.size() - none) * ScoreRecord::kBytes;
 }
 
 }  // namespace inferos::kv

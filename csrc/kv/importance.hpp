@@ -63,12 +63,19 @@ class LayerScores {
   void fold(const Grid& grid, std::span<const float> mass, std::int64_t visible) noexcept;  // mass: [kv_heads][visible]
 
   double score(const Grid& grid, std::size_t head,
-               std::size_t index) const noexcept;  // < 0 where nothing was measured yet
-  std::size_t bytes() const noexcept { return records_.size() * ScoreRecord::kBytes; }
+               std::size_t index) const noexcept;  // < 0 where nothing was measured yet, or the block was evicted
+  // The averaged share of the attention that a block receives, 0..1; < 0 where nothing was measured yet.
+  double mass(const Grid& grid, std::size_t head, std::size_t index) const noexcept;
+  void evicted(std::size_t head, std::size_t index) noexcept { records_[at(head, index)].reset(); }
+  std::size_t bytes() const noexcept;
 
  private:
   std::size_t at(std::size_t head, std::size_t index) const noexcept { return (index - first_) * heads_ + head; }
   std::size_t blocks() const noexcept { return weights_.size(); }
+  bool is_measured(std::size_t head, std::size_t index) const noexcept {
+    return index >= first_ && index - first_ < blocks() && weights_[index - first_] > 0.0 &&
+           records_[at(head, index)] != nullptr;
+  }
 
   std::size_t heads_;
   std::size_t head_dim_;
@@ -77,7 +84,7 @@ class LayerScores {
   std::size_t first_ = 0;          // grid index of the first block held
   std::int64_t folded_at_ = 0;     // visible tokens at the last sample
   double keep_ = 0.0;              // what the last sample left of the averages
-  std::vector<ScorePtr> records_;  // at(head, index)
+  std::vector<ScorePtr> records_;  // at(head, index); nullptr = the block was evicted
   std::vector<double> weights_;    // per block: what the average's weights sum to, 0 before the first sample
 };
 
