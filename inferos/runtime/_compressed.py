@@ -74,10 +74,13 @@ class CompressedSession:
 
     def sequence(self) -> CompressedSequence:
         """A new, empty sequence."""
-        rules = self.rules
-        reviews = Reviews(rules, lambda: self.measured_delta_ppl())
+        return self.sequence_of(self.rules, self.arena)
+
+    def sequence_of(self, rules: CacheRules, arena: Arena) -> CompressedSequence:
+        """A new sequence kept by `rules` in `arena`, until the session's own rules are replaced."""
+        reviews = Reviews(rules, self.rules, lambda: self.measured_delta_ppl())
         layers = [LayerSpec(layer.kv_heads, layer.head_dim, layer.local_window) for layer in self.layout.layers]
-        cache = KVCache(layers, arena=self.arena, max_tokens=self.layout.context_length, **rules.options())
+        cache = KVCache(layers, arena=arena, max_tokens=self.layout.context_length, **rules.options())
         return CompressedSequence(self, cache, reviews)
 
     def step(self, sequences: Collection[TokenSequence], ids: Ids) -> Float32:

@@ -29,12 +29,15 @@ class Reviews:
     ----------
     rules : CacheRules
         What the cache was opened with.
+    session_rules : CacheRules
+        The session's at that time; only others than these are followed.
     quality : callable
         The newest measured delta PPL, or None.
     """
 
-    def __init__(self, rules: CacheRules, quality: QualitySource) -> None:
+    def __init__(self, rules: CacheRules, session_rules: CacheRules, quality: QualitySource) -> None:
         self.rules = rules
+        self._seen = session_rules
         self.thresholds = rules.thresholds  # in force in the cache
         self._quality = quality
         self._scorer: Scorer | None = make_scorer(rules.scorer, rules.scorer_options) if rules.external else None
@@ -55,7 +58,8 @@ class Reviews:
         rules : CacheRules
             Those of the session now.
         """
-        if rules is not self.rules:
+        if rules is not self._seen:
+            self._seen = rules
             self._adopt(cache, rules)
         if cache.kv != "auto" or tokens != 1:  # a prompt is not reviewed
             return
