@@ -21,6 +21,7 @@ if _typing.TYPE_CHECKING:
     from inferos.kv import Arena, KVCache, LayerSpec, get_num_threads, kernels, set_num_threads
     from inferos.kv.engine import KVQuantizationEngine, QuantizationLevel
     from inferos.kv.importance import ImportanceCalculator
+    from inferos.quality.monitor import QualityMonitor
     from inferos.runtime.generate import Generation, Token
     from inferos.runtime.model import Conversation, Model, load
     from inferos.runtime.register import register
@@ -40,6 +41,7 @@ __all__ = [
     "LayerSpec",
     "Model",
     "Policy",
+    "QualityMonitor",
     "QuantizationLevel",
     "SamplingOptions",
     "Token",
@@ -63,6 +65,7 @@ _HOMES = {
     "LayerSpec": "inferos.kv",
     "Model": "inferos.runtime.model",
     "Policy": "inferos.config",
+    "QualityMonitor": "inferos.quality.monitor",
     "QuantizationLevel": "inferos.kv.engine",
     "SamplingOptions": "inferos.runtime.sampler",
     "Token": "inferos.runtime.generate",
