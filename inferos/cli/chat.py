@@ -14,7 +14,7 @@ from inferos.errors import ContextError
 
 if TYPE_CHECKING:
     from inferos.runtime.generate import Generation
-    from inferos.runtime.model import Conversation
+    from inferos.runtime.conversation import Conversation
 
 __all__ = ["chat"]
 

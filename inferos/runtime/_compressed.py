@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 from collections.abc import Iterator
 from collections.abc import Sequence as Collection
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -82,6 +84,22 @@ class CompressedSession:
         layers = [LayerSpec(layer.kv_heads, layer.head_dim, layer.local_window) for layer in self.layout.layers]
         cache = KVCache(layers, arena=arena, max_tokens=self.layout.context_length, **rules.options())
         return CompressedSequence(self, cache, reviews)
+
+    def beside(self, *, kv: str | None = None, budget_bytes: int = 0) -> CompressedSession:
+        """The same model and weights over caches that take nothing from this session's budget.
+
+        Parameters
+        ----------
+        kv : str, optional
+            The format of its caches; this session's own unless given. f16 is uncompressed.
+        budget_bytes : int
+            Bytes that its sequences may hold together; 0 = no limit.
+        """
+        other = copy.copy(self)
+        other.rules = self.rules if kv is None else replace(self.rules, kv=kv)
+        other.arena = Arena(budget_bytes)
+        other.sequence().close()
+        return other
 
     def step(self, sequences: Collection[TokenSequence], ids: Ids) -> Float32:
         """One token for each sequence, in one run; see `DecoderSession.step`.

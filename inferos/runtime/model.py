@@ -17,17 +17,18 @@ import numpy as np
 import numpy.typing as npt
 
 from inferos.config import Policy, check_kv, load_policy, parse_size
-from inferos.errors import BusyError, ClosedError, ConfigError, ContextError, ModelError, ShapeError
+from inferos.errors import ClosedError, ConfigError, ContextError, ModelError, ShapeError
 from inferos.kv.policy import PolicyStore, PolicyVersion
 from inferos.runtime.cache_rules import CacheRules
-from inferos.runtime.chat import ChatTemplate, Message, check_messages, find_template
+from inferos.runtime.chat import ChatTemplate, Message, find_template
+from inferos.runtime.conversation import Conversation
 from inferos.runtime.effective import EffectivePolicy, describe_policy
 from inferos.runtime.generate import CachedTokens, Cancel, Generation, Limits, check_stops
-from inferos.runtime.protocols import DecoderSession, FollowsRules, Ids
+from inferos.runtime.protocols import DecoderSession, FollowsRules, Ids, RequestObserver
 from inferos.runtime.sampler import Sampler, SamplingOptions
 from inferos.runtime.tokenizer import TextTokenizer, read_json
 
-__all__ = ["Conversation", "DEFAULT_MAX_TOKENS", "Model", "Prompt", "load", "resolve_model"]
+__all__ = ["DEFAULT_MAX_TOKENS", "Model", "Prompt", "load", "resolve_model"]
 
 DEFAULT_MAX_TOKENS = 256
 
@@ -146,6 +147,8 @@ class Model:
 
     Attributes
     ----------
+    observer : RequestObserver or None
+        Told of every generation that ended without an error; may be set at any time.
     policies : PolicyStore
         The policy in force and its history. What is changed there is in force like `set_policy`.
 
@@ -175,6 +178,7 @@ class Model:
         self._word = policy_word or session.kv
         self._first = policy or Policy()
         self.policies = PolicyStore(self._first, apply=self._follow)
+        self.observer: RequestObserver | None = None
         self._prefill_chunk = prefill_chunk
         self._clock = clock
         self._closed = False
@@ -443,6 +447,11 @@ class Model:
         limits: Limits,
         on_end: Callable[[Generation, BaseException | None], None],
     ) -> Generation:
+        def ended(generation: Generation, error: BaseException | None) -> None:
+            on_end(generation, error)
+            if self.observer is not None and error is None:
+                self.observer.finished(ids, cached.ids[len(ids) :])
+
         has_text = self.folder is not None and (self.folder / "tokenizer.json").is_file()
         generation = Generation(
             cached,
@@ -451,7 +460,7 @@ class Model:
             limits,
             context_length=self.context_length,
             stream=self.tokenizer.stream(ids) if has_text else None,
-            on_end=on_end,
+            on_end=ended,
             clock=self._clock,
         )
         self._track(generation)
@@ -470,117 +479,10 @@ class Model:
             raise ClosedError("Model: it is closed")
 
 
-class Conversation:
-    """Turns with one cache: what a turn shares with the one before is not computed again.
-
-    Made by `Model.chat`. One thread at a time.
-    """
-
-    def __init__(self, model: Model, system: str | None, options: Mapping[str, Any]) -> None:
-        self._model = model
-        self._options = dict(options)
-        self._messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
-        self._cached: CachedTokens | None = None
-        # Weak: the generation holds the conversation, for its answer.
-        self._running: weakref.ref[Generation] | None = None
-        self._closed = False
-
-    @property
-    def messages(self) -> list[Message]:
-        """A copy of what was said, the answers included."""
-        return list(self._messages)
-
-    @property
-    def cached_tokens(self) -> int:
-        """Tokens in the cache."""
-        return len(self._cached.ids) if self._cached is not None else 0
-
-    def send(self, content: str | Message | Sequence[Message], **options: Any) -> Generation:
-        """Say something; the answer comes as a generation.
-
-        A generation that is not finished is closed first, and what it gave counts as its answer. If it gave
-        nothing, the answer fails or the messages do not fit, the conversation is as it was before.
-
-        Parameters
-        ----------
-        content : the user's text, a message, or several (such as tool results)
-        options : as of `Model.generate`, for this turn
-
-        Raises
-        ------
-        ClosedError
-            If the conversation or its model is closed.
-        BusyError
-            If another thread is inside the answer before.
-        ConfigError, ContextError, TemplateError
-            As `Model.generate`.
-        """
-        if self._closed:
-            raise ClosedError("Conversation: it is closed")
-        if not self._finish():
-            raise BusyError("Conversation: another thread is taking an answer from it")
-        model, before = self._model, list(self._messages)
-        chosen = {**self._options, **options}
-        tools = chosen.pop("tools", None)
-        sampler, limits = model._prepare(True, **chosen)  # noqa: SLF001 - a part of Model
-        messages = [*before, *_as_messages(content)]
-        ids = model.prompt_ids(messages, tools=tools)
-        if self._cached is None:
-            self._cached = model._cache()  # noqa: SLF001
-        self._messages = messages
-
-        def end(generation: Generation, error: BaseException | None) -> None:
-            if error is not None or (generation.tokens == 0 and generation.finish_reason in ("cancelled", "budget")):
-                self._messages = before
-            else:
-                self._messages.append({"role": "assistant", "content": generation.text})
-            if self._closed and self._cached is not None:
-                self._cached.sequence.close()
-
-        generation = model._start(self._cached, ids, sampler, limits, end)  # noqa: SLF001
-        self._running = weakref.ref(generation)
-        return generation
-
-    def reset(self) -> None:
-        """Forget everything but the system message. The cache is freed."""
-        if not self._finish():
-            raise BusyError("Conversation: another thread is taking an answer from it")
-        self._messages = [m for m in self._messages[:1] if m["role"] == "system"]
-        if self._cached is not None:
-            self._cached.sequence.close()
-            self._cached = None
-
-    def close(self) -> None:
-        """Free the cache. Closing twice does nothing."""
-        self._closed = True
-        if self._finish() and self._cached is not None:
-            self._cached.sequence.close()
-
-    def _finish(self) -> bool:
-        """End the generation that runs; False if another thread is inside, which ends it then."""
-        running = self._running() if self._running is not None else None
-        if running is None:
-            return True
-        running.close()
-        return running.done
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
-
-
 def _are_messages(prompt: Prompt) -> bool:
     return (
         isinstance(prompt, Sequence) and not isinstance(prompt, str) and any(isinstance(p, Mapping) for p in prompt[:1])
     )
-
-
-def _as_messages(content: str | Message | Sequence[Message]) -> list[dict[str, Any]]:
-    if isinstance(content, str):
-        return [{"role": "user", "content": content}]
-    return check_messages([content] if isinstance(content, Mapping) else content)
 
 
 def _checked_ids(prompt: Any, vocab_size: int) -> Ids:

@@ -14,7 +14,7 @@ from inferos.runtime.cache_rules import CacheRules
 if TYPE_CHECKING:
     from inferos.runtime.layout import ModelLayout
 
-__all__ = ["DecoderSession", "Float32", "FollowsRules", "Ids", "TokenSequence"]
+__all__ = ["DecoderSession", "Float32", "FollowsRules", "Ids", "RequestObserver", "SharedSession", "TokenSequence"]
 
 Ids = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
@@ -91,3 +91,18 @@ class FollowsRules(Protocol):
     layout: ModelLayout
     rules: CacheRules
     measured_delta_ppl: Callable[[], float | None]
+
+
+class SharedSession(DecoderSession, Protocol):
+    """A session whose weights can serve caches of another format."""
+
+    def beside(self, *, kv: str | None = None, budget_bytes: int = 0) -> DecoderSession:
+        """The same model over caches of their own budget; kv as this session's unless given."""
+        ...
+
+
+class RequestObserver(Protocol):
+    """Is told of every generation that ended without an error."""
+
+    def finished(self, prompt: Ids, tokens: Collection[int]) -> None:
+        """The ids (tokens,) of the prompt and those fed after it. Called on the serving path: must return at once."""
