@@ -102,17 +102,16 @@ def load(
         If the folder holds no usable decoder model, or one whose attention cannot be rewritten.
     """
     from inferos.runtime.layout import read_layout
-    from inferos.runtime.session import open_session
+    from inferos.runtime.session import open_by_policy
 
     rules = load_policy(policy)
     word = check_kv(kv)
-    budget = rules.io.host_pool_bytes if budget_bytes is None else parse_size(budget_bytes)
     layout = read_layout(resolve_model(model))
-    session = open_session(
+    session = open_by_policy(
         layout,
-        kv="off" if word == "off" else "auto",
-        rules=CacheRules.of(rules, len(layout.layers), word),
-        budget_bytes=budget,
+        word,
+        rules,
+        budget_bytes=None if budget_bytes is None else parse_size(budget_bytes),
         threads=threads,
         prefill_chunk=prefill_chunk,
     )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from inferos.config import Thresholds
+from inferos.config import Policy, Thresholds
 from inferos.errors import ConfigError
 from inferos.runtime.cache_rules import CacheRules
 from inferos.runtime.layout import ModelLayout, read_layout
 from inferos.runtime.protocols import DecoderSession
 
-__all__ = ["open_session"]
+__all__ = ["open_by_policy", "open_session"]
 
 
 def open_session(
@@ -89,4 +89,44 @@ def open_session(
         rules = CacheRules(kv, recent_window, sink_tokens, Thresholds(*thresholds), l2_format)
     return CompressedSession(
         layout, rules=rules, arena=Arena(budget_bytes), threads=threads, prefill_chunk=prefill_chunk
+    )
+
+
+def open_by_policy(
+    model: str | Path | ModelLayout,
+    kv: str,
+    policy: Policy,
+    *,
+    budget_bytes: int | None = None,
+    threads: int = 0,
+    prefill_chunk: int = 512,
+) -> DecoderSession:
+    """Open a decoder model whose caches are kept as a policy says.
+
+    Parameters
+    ----------
+    model : path or ModelLayout
+    kv : str
+        A `--kv` word: auto leaves the format to the policy; off = stock attention, to which the policy does not apply.
+    policy : Policy
+    budget_bytes : int, optional
+        `io.host_pool_bytes` unless given; 0 = no limit.
+    threads, prefill_chunk : int
+        As `open_session`.
+
+    Raises
+    ------
+    ConfigError
+        If an option is out of range, or the policy names a layer that the model does not have.
+    ModelError, UnsupportedError
+        As `open_session`.
+    """
+    layout = model if isinstance(model, ModelLayout) else read_layout(model)
+    return open_session(
+        layout,
+        kv="off" if kv == "off" else "auto",
+        rules=CacheRules.of(policy, len(layout.layers), kv),
+        budget_bytes=policy.io.host_pool_bytes if budget_bytes is None else budget_bytes,
+        threads=threads,
+        prefill_chunk=prefill_chunk,
     )
