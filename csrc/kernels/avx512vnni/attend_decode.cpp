@@ -54,12 +54,15 @@ struct Work {  // one block, one chunk of heads
   std::size_t head;  // first of the chunk
 };
 
-// These are declared inline because g++ stops inlining them else, and what is bound by arithmetic loses a twentieth.
-template <int kHint, class Pointer>
+// The small functions are declared inline because g++ stops inlining them else, and what is bound by arithmetic loses a twentieth.
+template <bool kNear, class Pointer>
 inline void fetch_into(std::size_t lines, Pointer& ahead, std::size_t step) noexcept {
   for (std::size_t i = 0; i < lines; ++i) {
     const char* const line = ahead;
-    _mm_prefetch(line, static_cast<_mm_hint>(kHint));
+    if constexpr (kNear)
+      _mm_prefetch(line, _MM_HINT_T0);
+    else
+      _mm_prefetch(line, _MM_HINT_T1);
     ahead = line + step;
   }
 }
@@ -74,9 +77,9 @@ inline void fetch(std::size_t lines, Scratch& x) noexcept {
   using Pointer = std::conditional_t<kPaced<G>, const char* volatile, const char*>;
   Pointer& ahead = x.ahead;
   if (x.near)
-    fetch_into<_MM_HINT_T0>(lines, ahead, x.ahead_step);
+    fetch_into<true>(lines, ahead, x.ahead_step);
   else
-    fetch_into<_MM_HINT_T1>(lines, ahead, x.ahead_step);
+    fetch_into<false>(lines, ahead, x.ahead_step);
 }
 
 // Lines fetched with each step over so many vectors of codes, or twice as many of FP16: as many as the step reads, but one where one
@@ -417,7 +420,7 @@ void values(const Work& work, const std::byte* at, Scratch& x) noexcept {
 
 // The lines of the record ahead that are fetched neither with K nor with V.
 template <std::size_t G>
-std::size_t softmax_lines(const Work& work) noexcept {
+inline std::size_t softmax_lines(const Work& work) noexcept {
   const Format format = work.task.format;
   const std::size_t d = work.task.d;
   const std::size_t four = step_lines<G>(format, d, 4);
