@@ -49,18 +49,16 @@ def plan(
     _options.check_range("--batch-size", batch_size, 1, _MOST_ROWS)
     if context is not None:
         _options.check_range("--context", context, 1)
-    given = _options.budget_bytes(memory_limit)
+    policy = _options.cache_policy(memory_limit)
     _output.check_json_path(json_path)
-    from inferos.config import Policy
     from inferos.runtime.layout import read_layout
     from inferos.runtime.model import resolve_model
 
     layout = read_layout(resolve_model(model))
     tokens = layout.context_length if context is None else context
     _options.check_range("--context", tokens, 1, layout.context_length)
-    limit, source = (
-        (given, "--memory-limit") if given else (Policy().io.host_pool_bytes, "the policy's io.host_pool_bytes")
-    )
+    limit = policy.io.host_pool_bytes
+    source = "the policy's io.host_pool_bytes" if memory_limit is None else "--memory-limit"
     rows = [row for word in words for row in _rows(word, layout, tokens, batch_size, limit)]
     out = _output.console(json_path)
     number = "row" if batch_size == 1 else "rows"
