@@ -216,6 +216,8 @@ class KVCache:
             raise ConfigError(f"thresholds: {thresholds!r} is not L1, L2 and L3")
         self.layers = tuple(layers)
         self.kv = kv
+        self.recent_window = recent_window
+        self.sink_tokens = sink_tokens
         self.arena = Arena() if arena is None else arena
         shapes = [(layer.kv_heads, layer.head_dim, layer.local_window) for layer in self.layers]
         narrowest = l2_format if kv == "auto" else kv
