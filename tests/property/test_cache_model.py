@@ -256,6 +256,8 @@ def thresholds(draw: st.DrawFn) -> tuple[float, float, float]:
 class CacheMachine(RuleBasedStateMachine):
     """Up to three sequences in one arena, each with its model."""
 
+    steps = 0  # of all runs
+
     @initialize(
         kv=st.sampled_from(["f16", "int8", "k8v4", "int4", "auto", "auto", "auto"]),
         thresholds=thresholds(),
@@ -476,6 +478,7 @@ class CacheMachine(RuleBasedStateMachine):
     @invariant()
     def contents_are_what_was_written(self) -> None:
         """One position of every block (all would take too long), and every F16 one exactly."""
+        CacheMachine.steps += 1
         self.probe = getattr(self, "probe", 0) + 1
         for cache, model in self.pairs:
             for layer, head in HEADS:
@@ -506,7 +509,8 @@ class CacheMachine(RuleBasedStateMachine):
             assert used(self.arena) == 0
 
 
-def campaign(examples: int, steps: int) -> None:
+def campaign(examples: int, steps: int) -> int:
+    """The steps that were run."""
     chosen = settings(
         max_examples=examples,
         stateful_step_count=steps,
@@ -514,13 +518,15 @@ def campaign(examples: int, steps: int) -> None:
         suppress_health_check=list(HealthCheck),
         derandomize=True,
     )
+    CacheMachine.steps = 0
     run_state_machine_as_test(CacheMachine, settings=chosen)
+    return CacheMachine.steps
 
 
 def test_cache_equals_the_model():
-    campaign(examples=60, steps=50)
+    assert campaign(examples=60, steps=50) > 1000
 
 
 @pytest.mark.slow
-def test_cache_equals_the_model_for_long():
-    campaign(examples=500, steps=100)
+def test_cache_equals_the_model_for_20_000_steps():
+    assert campaign(examples=400, steps=100) >= 20_000
