@@ -149,8 +149,6 @@ std::pair<Array<T>, py::object> attend(Handle handle, std::size_t layer, const A
   const auto heads = static_cast<std::size_t>(q.shape(1));
   Array<T> out({tokens, heads, shape.head_dim});
   const auto visible = static_cast<std::size_t>(lease->visible_length(layer));
-  const std::size_t mass_count = shape.kv_heads * visible;
-  const bool scored = lease->wants_mass(layer);
   Array<float> received = mass ? Array<float>({shape.kv_heads, visible}) : Array<float>();
   const T* const q_data = q.data();
   T* const out_data = out.mutable_data();
@@ -162,11 +160,8 @@ std::pair<Array<T>, py::object> attend(Handle handle, std::size_t layer, const A
     std::vector<float> out_wide(std::is_same_v<T, float> ? 0 : count);
     float* result = out_wide.data();
     if constexpr (std::is_same_v<T, float>) result = out_data;
-    std::vector<float> own_mass(scored && !mass ? mass_count : 0);
-    float* const mass_data = own_mass.empty() ? returned_mass : own_mass.data();
-    const attention::Row row{&*lease, widen(q_data, count, q_wide), result, tokens, mass_data};
+    const attention::Row row{&*lease, widen(q_data, count, q_wide), result, tokens, returned_mass};
     attention::run({&row, 1}, {layer, heads, scale, softcap}, ThreadPool::process());
-    if (scored) lease->fold_mass(layer, {mass_data, mass_count});
     if constexpr (!std::is_same_v<T, float>) narrow(result, count, out_data);
   }
   return {std::move(out), mass ? py::object(std::move(received)) : py::none()};

@@ -138,23 +138,33 @@ bool LayerScores::wants_mass(const Grid& grid, std::int64_t visible) const noexc
   return false;
 }
 
-void LayerScores::fold(const Grid& grid, std::span<const float> mass, std::int64_t visible) noexcept {
-  const bool again = visible == folded_at_;
-  if (!again) keep_ = std::pow(thresholds_.gamma, static_cast<double>(std::max<std::int64_t>(visible - folded_at_, 1)));
-  folded_at_ = visible;
-  const auto keep = static_cast<float>(keep_);
-  const auto add = static_cast<float>(1.0 - keep_) * kMassUnit;
+// What a sample of a step that makes `visible` tokens visible leaves of the averages.
+double LayerScores::keep_at(std::int64_t visible) const noexcept {
+  if (visible == folded_at_) return keep_;  // the step runs again
+  return std::pow(thresholds_.gamma, static_cast<double>(std::max<std::int64_t>(visible - folded_at_, 1)));
+}
+
+void LayerScores::fold(const Grid& grid, std::size_t head, std::span<const float> mass) const noexcept {
+  const auto visible = static_cast<std::int64_t>(mass.size());
+  const double left = keep_at(visible);
+  const auto keep = static_cast<float>(left);
+  const auto add = static_cast<float>(1.0 - left) * kMassUnit;
   const auto fold_block = kernels::importance().fold;
   for (std::size_t i = 0; i < blocks() && grid[first_ + i].finished(); ++i) {
-    if (again && weights_[i] > 0.0) continue;
+    if (visible == folded_at_ && weights_[i] > 0.0) continue;
     const GridEntry& entry = grid[first_ + i];
-    weights_[i] = weights_[i] * keep_ + (1.0 - keep_);
-    for (std::size_t h = 0; h < heads_; ++h) {
-      std::uint16_t* stored = records_[at(h, first_ + i)]->average();
-      const float* received = mass.data() + h * static_cast<std::size_t>(visible) + entry.start;
-      fold_block(stored, received, entry.tokens, keep, add);
-    }
+    fold_block(records_[at(head, first_ + i)]->average(), mass.data() + entry.start, entry.tokens, keep, add);
   }
+}
+
+void LayerScores::folded(const Grid& grid, std::int64_t visible) noexcept {
+  const double left = keep_at(visible);
+  for (std::size_t i = 0; i < blocks() && grid[first_ + i].finished(); ++i) {
+    if (visible == folded_at_ && weights_[i] > 0.0) continue;
+    weights_[i] = weights_[i] * left + (1.0 - left);
+  }
+  keep_ = left;
+  folded_at_ = visible;
 }
 
 double LayerScores::score(const Grid& grid, std::size_t head, std::size_t index) const noexcept {

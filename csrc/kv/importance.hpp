@@ -70,7 +70,8 @@ class LayerScores {
 
   // Whether the kernel should yield the mass of a step that makes `visible` tokens visible.
   bool wants_mass(const Grid& grid, std::int64_t visible) const noexcept;
-  void fold(const Grid& grid, std::span<const float> mass, std::int64_t visible) noexcept;  // mass: [kv_heads][visible]
+  void fold(const Grid& grid, std::size_t head, std::span<const float> mass) const noexcept;  // mass: [visible]
+  void folded(const Grid& grid, std::int64_t visible) noexcept;                               // all heads are
 
   // Due once every 64 tokens; the verdicts that hold become the backlog.
   void review(const Grid& grid, const LayerStore& store, std::int64_t length) noexcept;
@@ -98,6 +99,7 @@ class LayerScores {
 
   std::size_t at(std::size_t head, std::size_t index) const noexcept { return (index - first_) * heads_ + head; }
   std::size_t blocks() const noexcept { return weights_.size(); }
+  double keep_at(std::int64_t visible) const noexcept;
   Format format_of(int level) const noexcept;
   void rank(const Grid& grid, const LayerStore& store, std::size_t head) noexcept;
   void demote_lowest(int level, double share) noexcept;

@@ -295,15 +295,14 @@ bool SequenceCache::wants_mass(std::size_t layer) const {
          s.scores[layer].wants_mass(s.grid(layer), s.length + s.step.tokens);
 }
 
-void SequenceCache::fold_mass(std::size_t layer, std::span<const float> mass) {
-  if (!wants_mass(layer)) return;
+void SequenceCache::fold_mass(std::size_t layer, std::size_t head, std::span<const float> mass) noexcept {
+  const State& s = *state_;
+  s.scores[layer].fold(s.grid(layer), head, mass);
+}
+
+void SequenceCache::mass_folded(std::size_t layer) noexcept {
   State& s = *state_;
-  const std::int64_t visible = s.length + s.step.tokens;
-  const std::size_t wanted = s.options.layers[layer].kv_heads * static_cast<std::size_t>(visible);
-  if (mass.size() != wanted) {
-    throw Error(ErrorCode::kShape, "fold_mass: " + text(mass.size()) + " values, wanted " + text(wanted));
-  }
-  s.scores[layer].fold(s.grid(layer), mass, visible);
+  s.scores[layer].folded(s.grid(layer), s.length + s.step.tokens);
 }
 
 double SequenceCache::score(std::size_t layer, std::size_t head, std::size_t index) const {

@@ -68,10 +68,11 @@ class SequenceCache {
   void commit();  // Error{kSequence} unless every layer has appended
   void rollback() noexcept;
 
-  // Whether the attention of this layer's appended step should yield its mass; and that mass, [kv_heads][visible_length(layer)].
-  // fold_mass ignores what is not wanted. Error{kShape}.
+  // Whether the attention of this layer's appended step should yield its mass. If so, what each head's tokens received, [visible_length(layer)],
+  // once for every head, in any order and on any thread; then mass_folded. Error{kShape} for a layer that is none.
   bool wants_mass(std::size_t layer) const;
-  void fold_mass(std::size_t layer, std::span<const float> mass);
+  void fold_mass(std::size_t layer, std::size_t head, std::span<const float> mass) noexcept;
+  void mass_folded(std::size_t layer) noexcept;
   // Importance of a block of the grid; < 0 where it is not measured.
   double score(std::size_t layer, std::size_t head, std::size_t index) const;
 

@@ -298,7 +298,7 @@ class KVCache:
             Logits become softcap * tanh(logits / softcap); 0 = none.
         mass : bool, default False
             Also return the probability each token received: the mean over the query heads of its kv head and
-            over the last min(tokens, 64) queries; 0 for a position that is not held.
+            over every 4th of the last 64 queries, the newest one included; 0 for a position that is not held.
 
         Returns
         -------
