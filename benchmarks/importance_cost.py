@@ -32,7 +32,7 @@ COLD_BYTES = 64 << 20
 class Sequences:
     """The two caches, grown in the same steps."""
 
-    def __init__(self, shape: tuple[int, int, int], context: int, thresholds: tuple[float, float], l2_format: str) -> None:
+    def __init__(self, shape: tuple[int, int, int], context: int, thresholds: tuple[float, float, float], l2_format: str) -> None:
         heads, kv_heads, head_dim = shape
         rng = np.random.default_rng(0)
         self.rows = rng.standard_normal((FILL, kv_heads, head_dim), dtype=np.float32)
@@ -85,7 +85,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     set_num_threads(arguments.threads)
     heads, kv_heads, head_dim = (int(part) for part in arguments.shape.split("/"))
     rows = []
-    for thresholds, l2_format in (((1.0, 0.0), "k8v4"), ((1.0, 0.7), "k8v4"), ((1.0, 0.7), "int4")):
+    for thresholds, l2_format in (((1.0, 0.0, 0.0), "k8v4"), ((1.0, 0.7, 0.3), "k8v4"), ((1.0, 0.7, 0.3), "int4")):
         sequences = Sequences((heads, kv_heads, head_dim), arguments.context, thresholds, l2_format)
         if arguments.chunk:
             def turn(cache: KVCache) -> None:

@@ -105,7 +105,7 @@ def bench_64_tokens_at_32k(benchmark: BenchmarkFixture, kv: str) -> None:
     rng = np.random.default_rng(3)
     chunk = rng.standard_normal((512, KV_HEADS, HEAD_DIM), dtype=np.float32)
     query = rng.standard_normal((1, HEADS, HEAD_DIM), dtype=np.float32)
-    with KVCache([LayerSpec(KV_HEADS, HEAD_DIM)], kv=kv, thresholds=(1.0, 0.0)) as cache:
+    with KVCache([LayerSpec(KV_HEADS, HEAD_DIM)], kv=kv, thresholds=(1.0, 0.0, 0.0)) as cache:
 
         def steps(count: int) -> None:
             for _ in range(count):

@@ -98,7 +98,7 @@ std::size_t option(std::int64_t value, const char* name) {
 Handle open(const std::vector<std::tuple<std::int64_t, std::int64_t, std::int32_t>>& layers,
             const std::vector<std::string>& formats, std::int64_t recent_window, std::int64_t sink_tokens,
             std::int64_t max_tokens, const std::shared_ptr<Arena>& arena,
-            const std::optional<std::tuple<double, double, double>>& thresholds) {
+            const std::optional<std::tuple<double, double, double, double>>& thresholds) {
   kv::CacheOptions options;
   for (const auto& [kv_heads, head_dim, local_window] : layers) {
     options.layers.push_back({option(kv_heads, "kv_heads"), option(head_dim, "head_dim"), local_window});
@@ -108,8 +108,8 @@ Handle open(const std::vector<std::tuple<std::int64_t, std::int64_t, std::int32_
   options.sink_tokens = option(sink_tokens, "sink_tokens");
   options.max_tokens = option(max_tokens, "max_tokens");
   if (thresholds) {
-    const auto& [l1, l2, gamma] = *thresholds;
-    options.thresholds = kv::Thresholds{l1, l2, gamma};
+    const auto& [l1, l2, l3, gamma] = *thresholds;
+    options.policy = kv::Policy{{l1, l2, l3}, gamma};
   }
   return kv::open_sequence(std::make_unique<SequenceCache>(std::move(options), arena));
 }
@@ -314,7 +314,7 @@ void add_cache(py::module_& parent) {
   using Unlocked = py::call_guard<py::gil_scoped_release>;
   m.def("open", &open, py::arg("layers"), py::arg("formats"), py::arg("recent_window"), py::arg("sink_tokens"),
         py::arg("max_tokens"), py::arg("arena"), py::arg("thresholds") = py::none(),
-        "layers: (kv_heads, head_dim, local_window) each; thresholds: None or (l1, l2, gamma) -> handle");
+        "layers: (kv_heads, head_dim, local_window) each; thresholds: None or (l1, l2, l3, gamma) -> handle");
   m.def("close", &kv::close_sequence, py::arg("handle"), Unlocked(),
         "Waits for a call in flight, then frees the sequence.");
   m.def("abandon", &kv::abandon, py::arg("handle"), Unlocked(),

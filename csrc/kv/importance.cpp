@@ -16,9 +16,6 @@ namespace {
 
 constexpr float kMassUnit = 16384.0F;  // keeps the mass of one token in 10^6 a normal fp16
 constexpr float kHalfMax = 65504.0F;
-constexpr std::size_t kDemotionsPerStep = 16;  // in one layer
-
-int level_of(Format format) noexcept { return std::min(static_cast<int>(format), 2); }  // L0, L1, L2
 
 // The sum of squares. In lanes, which the compiler makes vectors of: one chain of additions would take ten times as long.
 float square(const float* row, std::size_t head_dim) noexcept {
@@ -29,31 +26,17 @@ float square(const float* row, std::size_t head_dim) noexcept {
   return std::accumulate(std::begin(lanes), std::end(lanes), 0.0F);
 }
 
-template <class T>
-void drop_front(std::vector<T>& list, std::size_t count) noexcept {
-  list.erase(list.begin(), list.begin() + static_cast<std::ptrdiff_t>(count));
-}
-
 }  // namespace
 
-LayerScores::LayerScores(const LayerShape& shape, const Thresholds& thresholds, Format narrowest, std::int64_t phase)
-    : heads_(shape.kv_heads),
-      head_dim_(shape.head_dim),
-      thresholds_(thresholds),
-      narrowest_(narrowest),
-      phase_(phase) {}
+LayerScores::LayerScores(const LayerShape& shape, double gamma, bool wanted)
+    : heads_(shape.kv_heads), head_dim_(shape.head_dim), gamma_(gamma), wanted_(wanted) {}
 
 std::vector<ScorePtr> LayerScores::reserve(Arena& arena, std::size_t fresh) {
   std::vector<ScorePtr> taken;
   taken.reserve(fresh * heads_);
   for (std::size_t i = 0; i < fresh * heads_; ++i) taken.push_back(std::make_unique<ScoreRecord>(arena));
   make_room(records_, taken.size());
-  make_room(verdicts_, taken.size());
   make_room(weights_, fresh);
-  scores_.clear();
-  make_room(scores_, records_.size() + taken.size());
-  ranking_.clear();
-  make_room(ranking_, blocks() + fresh);
   return taken;
 }
 
@@ -61,7 +44,6 @@ void LayerScores::place(std::vector<ScorePtr>& fresh) noexcept {
   for (ScorePtr& record : fresh) {
     std::memset(record->average(), 0, ScoreRecord::kBytes);
     records_.push_back(std::move(record));
-    verdicts_.push_back({});
   }
   for (std::size_t i = 0; i < fresh.size(); i += heads_) weights_.push_back(0.0);
 }
@@ -82,54 +64,37 @@ void LayerScores::truncate(const Grid& grid) noexcept {
   if (grid.size() < first_) first_ = 0;
   const std::size_t held = std::min(grid.size() - first_, blocks());
   records_.resize(held * heads_);
-  verdicts_.resize(held * heads_);
   weights_.resize(held);
-  cursor_ = std::min(cursor_, verdicts_.size());
   if (held == 0 || grid[first_ + held - 1].finished()) return;
   // The last block takes tokens again: what was measured before is not about them.
   weights_.back() = 0.0;
   for (std::size_t h = 0; h < heads_; ++h) {
     std::memset(records_[at(h, first_ + held - 1)]->average(), 0, kBlockTokens * sizeof(std::uint16_t));
-    verdicts_[at(h, first_ + held - 1)] = {};
   }
 }
 
-void LayerScores::set_back(std::int64_t length) noexcept {
-  folded_at_ = std::min(folded_at_, length);
-  reviewed_at_ = std::min(reviewed_at_, length);
-  demoted_at_ = -1;
-}
-
 void LayerScores::forget_before(std::size_t first) noexcept {
-  cursor_ -= std::min(cursor_, (first - first_) * heads_);
   drop_front(records_, (first - first_) * heads_);
-  drop_front(verdicts_, (first - first_) * heads_);
   drop_front(weights_, first - first_);
   first_ = first;
 }
 
 LayerScores LayerScores::fork(Arena& arena) const {
-  LayerScores copy({heads_, head_dim_, -1}, thresholds_, narrowest_, phase_);
+  LayerScores copy({heads_, head_dim_, -1}, gamma_, wanted_);
   copy.first_ = first_;
   copy.folded_at_ = folded_at_;
-  copy.reviewed_at_ = reviewed_at_;
-  copy.demoted_at_ = demoted_at_;
   copy.keep_ = keep_;
-  copy.cursor_ = cursor_;
   copy.records_.reserve(records_.size());
   for (const ScorePtr& record : records_) {
     copy.records_.push_back(std::make_unique<ScoreRecord>(arena));
     std::memcpy(copy.records_.back()->average(), record->average(), ScoreRecord::kBytes);
   }
-  copy.verdicts_ = verdicts_;
   copy.weights_ = weights_;
-  copy.scores_.reserve(records_.size());
-  copy.ranking_.reserve(weights_.size());
   return copy;
 }
 
 bool LayerScores::wants_mass(const Grid& grid, std::int64_t visible) const noexcept {
-  if (narrowest_ == Format::kF16 || grid.size() == 0 || !grid[0].finished()) return false;
+  if (!wanted_ || grid.size() == 0 || !grid[0].finished()) return false;
   if (visible != folded_at_) return visible / kMassInterval != folded_at_ / kMassInterval;
   // A step that runs again after a rollback: only for the blocks whose sample went with it.
   for (std::size_t i = 0; i < blocks() && grid[first_ + i].finished(); ++i) {
@@ -141,7 +106,7 @@ bool LayerScores::wants_mass(const Grid& grid, std::int64_t visible) const noexc
 // What a sample of a step that makes `visible` tokens visible leaves of the averages.
 double LayerScores::keep_at(std::int64_t visible) const noexcept {
   if (visible == folded_at_) return keep_;  // the step runs again
-  return std::pow(thresholds_.gamma, static_cast<double>(std::max<std::int64_t>(visible - folded_at_, 1)));
+  return std::pow(gamma_, static_cast<double>(std::max<std::int64_t>(visible - folded_at_, 1)));
 }
 
 void LayerScores::fold(const Grid& grid, std::size_t head, std::span<const float> mass) const noexcept {
@@ -175,79 +140,6 @@ double LayerScores::score(const Grid& grid, std::size_t head, std::size_t index)
   const double sum = kernels::importance().heaviest(record.average(), record.norm(), tokens);
   // The average starts at 0: dividing by its weights' sum gives young blocks their due.
   return sum / static_cast<double>(heaviest) / weights_[index - first_] / static_cast<double>(kMassUnit);
-}
-
-Format LayerScores::format_of(int level) const noexcept {
-  if (level == 0) return Format::kF16;
-  return level == 1 ? std::min(Format::kInt8, narrowest_) : narrowest_;
-}
-
-// The head's blocks outside the window, least important first; a verdict that still waits counts as done.
-void LayerScores::rank(const Grid& grid, const LayerStore& store, std::size_t head) noexcept {
-  ranking_.clear();
-  for (std::size_t index = first_; index < grid.due(); ++index) {
-    const double worth = scores_[at(head, index)];
-    if (worth < 0.0) continue;
-    const Format format = std::max(store.format(head, index), verdicts_[at(head, index)].held);
-    ranking_.push_back({worth, index, level_of(format), format});
-  }
-  std::sort(ranking_.begin(), ranking_.end(), [](const Ranked& a, const Ranked& b) {
-    return a.score != b.score ? a.score < b.score : a.index < b.index;
-  });
-}
-
-// Gives the lowest blocks above `level` the verdict `level` until at most ceil(share * n) are above it.
-void LayerScores::demote_lowest(int level, double share) noexcept {
-  // The margin: 0.3 * 10 must be 3, not the 3.0000000000000004 that 1 - 0.7 makes of it.
-  const auto allowed = static_cast<std::ptrdiff_t>(std::ceil(share * static_cast<double>(ranking_.size()) - 1e-9));
-  auto above =
-      std::count_if(ranking_.begin(), ranking_.end(), [&](const Ranked& block) { return block.level < level; });
-  for (Ranked& block : ranking_) {
-    if (above <= allowed) return;
-    if (block.level >= level) continue;
-    block.level = level;
-    block.verdict = std::max(block.verdict, format_of(level));
-    --above;
-  }
-}
-
-void LayerScores::review(const Grid& grid, const LayerStore& store, std::int64_t length) noexcept {
-  const bool due = (length + phase_) / kReviewInterval != (reviewed_at_ + phase_) / kReviewInterval;
-  if (narrowest_ == Format::kF16 || !due) return;
-  reviewed_at_ = length;
-  scores_.clear();
-  for (std::size_t index = first_; index < grid.due(); ++index) {  // in the order the records lie in memory
-    for (std::size_t head = 0; head < heads_; ++head) scores_.push_back(score(grid, head, index));
-  }
-  for (std::size_t head = 0; head < heads_; ++head) {
-    rank(grid, store, head);
-    demote_lowest(2, 1.0 - thresholds_.l2);
-    demote_lowest(1, 1.0 - thresholds_.l1);
-    for (const Ranked& block : ranking_) {
-      Verdict& verdict = verdicts_[at(head, block.index)];
-      verdict.held = std::max(verdict.held, std::min(verdict.last, block.verdict));
-      verdict.last = block.verdict;
-    }
-  }
-  cursor_ = 0;
-}
-
-std::vector<Demotion> LayerScores::next_demotions(const LayerStore& store, std::int64_t length) {
-  std::vector<Demotion> next;
-  next_cursor_ = cursor_;
-  if (demoted_at_ == length) return next;
-  for (; next_cursor_ < verdicts_.size() && next.size() < kDemotionsPerStep; ++next_cursor_) {
-    const std::size_t index = first_ + next_cursor_ / heads_;
-    const std::size_t head = next_cursor_ % heads_;
-    const Format held = verdicts_[next_cursor_].held;
-    if (held > store.format(head, index)) next.push_back({head, index, held, nullptr});
-  }
-  return next;
-}
-
-void LayerScores::demoted(std::int64_t length) noexcept {
-  demoted_at_ = length;
-  cursor_ = next_cursor_;
 }
 
 }  // namespace inferos::kv

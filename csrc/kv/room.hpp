@@ -12,4 +12,9 @@ void make_room(std::vector<T>& list, std::size_t more) {
   if (list.size() + more > list.capacity()) list.reserve(std::max(list.size() + more, 2 * list.capacity()));
 }
 
+template <class T>
+void drop_front(std::vector<T>& list, std::size_t count) noexcept {
+  list.erase(list.begin(), list.begin() + static_cast<std::ptrdiff_t>(count));
+}
+
 }  // namespace inferos::kv

@@ -18,6 +18,16 @@ constexpr std::int64_t kMaxTokens =
 std::string text(std::int64_t value) { return std::to_string(value); }
 std::string text(std::size_t value) { return std::to_string(value); }
 
+void check(const Policy& policy) {
+  const auto& [l1, l2, l3] = policy.thresholds;
+  if (!(0.0 <= l3 && l3 <= l2 && l2 <= l1 && l1 <= 1.0) || !(0.0 < policy.gamma && policy.gamma < 1.0)) {
+    throw Error(ErrorCode::kConfig, "SequenceCache: thresholds l1 " + std::to_string(l1) + ", l2 " +
+                                        std::to_string(l2) + ", l3 " + std::to_string(l3) + ", gamma " +
+                                        std::to_string(policy.gamma) +
+                                        ": wanted 0 <= l3 <= l2 <= l1 <= 1, 0 < gamma < 1");
+  }
+}
+
 void check(const CacheOptions& options) {
   const auto config = [](const std::string& name, std::size_t value, std::size_t low, std::size_t high) {
     if (value < low || value > high) {
@@ -33,14 +43,7 @@ void check(const CacheOptions& options) {
     throw Error(ErrorCode::kShape, "SequenceCache: " + text(options.formats.size()) + " formats for " +
                                        text(options.layers.size()) + " layers");
   }
-  if (options.thresholds) {
-    const auto& [l1, l2, gamma] = *options.thresholds;
-    if (!(0.0 <= l2 && l2 <= l1 && l1 <= 1.0) || !(0.0 < gamma && gamma < 1.0)) {
-      throw Error(ErrorCode::kConfig, "SequenceCache: thresholds l1 " + std::to_string(l1) + ", l2 " +
-                                          std::to_string(l2) + ", gamma " + std::to_string(gamma) +
-                                          ": wanted 0 <= l2 <= l1 <= 1, 0 < gamma < 1");
-    }
-  }
+  if (options.policy) check(*options.policy);
   for (std::size_t i = 0; i < options.layers.size(); ++i) {
     const LayerShape& layer = options.layers[i];
     const std::string where = "layer " + text(i) + ": ";
@@ -73,8 +76,8 @@ struct Step {
 
 // What a block of this layer becomes when it leaves the window.
 Format leaving(const CacheOptions& options, std::size_t layer) noexcept {
-  if (!options.thresholds) return options.formats[layer];
-  return options.thresholds->l1 >= 1.0 ? std::min(Format::kInt8, options.formats[layer]) : Format::kF16;
+  if (!options.policy) return options.formats[layer];
+  return options.policy->thresholds.l1 >= 1.0 ? std::min(Format::kInt8, options.formats[layer]) : Format::kF16;
 }
 
 }  // namespace
@@ -88,7 +91,8 @@ struct SequenceCache::State {
   std::vector<std::uint64_t> appended_in;  // per layer: the last step_number it appended in
   std::array<Grid, 2> grids;               // layers with sinks; sliding-window layers
   std::vector<LayerStore> layers;
-  std::vector<LayerScores> scores;  // per layer, or empty without thresholds
+  std::vector<LayerScores> scores;   // per layer, or empty without a policy
+  std::vector<LayerReview> reviews;  // the same
 
   State(CacheOptions given, std::shared_ptr<Arena> memory)
       : options(std::move(given)),
@@ -125,7 +129,7 @@ struct SequenceCache::State {
     }
     const bool sinks = length == 0 && options.sink_tokens > 0;
     bool behind =
-        std::any_of(scores.begin(), scores.end(), [](const LayerScores& layer) { return layer.has_backlog(); });
+        std::any_of(reviews.begin(), reviews.end(), [](const LayerReview& layer) { return layer.has_backlog(); });
     for (std::size_t i = 0; i < layers.size() && !behind; ++i) behind = layers[i].is_behind(grid(i));
     std::vector<LayerStep> reserved;
     if (!sinks && !behind && fresh[0] == 0 && fresh[1] == 0) return reserved;  // most decode steps
@@ -135,7 +139,8 @@ struct SequenceCache::State {
       std::vector<Demotion> demotions;
       LayerStep taken;
       if (!scores.empty()) {
-        demotions = scores[i].next_demotions(layers[i], length);
+        demotions = reviews[i].next_demotions(layers[i], length);
+        reviews[i].reserve(entries);
         taken.scores = scores[i].reserve(*arena, entries);
       }
       taken.blocks = layers[i].reserve(*arena, grid(i), std::move(demotions), entries, sinks && !slides(i));
@@ -147,13 +152,17 @@ struct SequenceCache::State {
   void truncate(std::int64_t to) noexcept {
     for (Grid& g : grids) g.truncate(to);
     for (std::size_t i = 0; i < layers.size(); ++i) layers[i].truncate(grid(i), to);
-    for (std::size_t i = 0; i < scores.size(); ++i) scores[i].truncate(grid(i));
+    for (std::size_t i = 0; i < scores.size(); ++i) {
+      scores[i].truncate(grid(i));
+      reviews[i].truncate(grid(i));
+    }
     length = to;
   }
 
   void set_back(std::int64_t to) noexcept {
     truncate(to);
     for (LayerScores& layer : scores) layer.set_back(to);
+    for (LayerReview& layer : reviews) layer.set_back(to);
   }
 
   // A block that is packed in one layer takes no more tokens in any.
@@ -178,10 +187,11 @@ SequenceCache::SequenceCache(CacheOptions options, std::shared_ptr<Arena> arena)
   s.layers.reserve(s.options.layers.size());
   for (std::size_t i = 0; i < s.options.layers.size(); ++i) {
     s.layers.emplace_back(s.options.layers[i], leaving(s.options, i), s.slides(i) ? 0 : s.options.sink_tokens);
-    if (!s.options.thresholds) continue;
+    if (!s.options.policy) continue;
     const std::size_t phase = i * static_cast<std::size_t>(kReviewInterval) / s.options.layers.size();
-    s.scores.emplace_back(s.options.layers[i], *s.options.thresholds, s.options.formats[i],
-                          static_cast<std::int64_t>(phase));
+    s.scores.emplace_back(s.options.layers[i], s.options.policy->gamma, s.options.formats[i] != Format::kF16);
+    s.reviews.emplace_back(s.options.layers[i].kv_heads, s.options.policy->thresholds, s.options.formats[i],
+                           static_cast<std::int64_t>(phase));
   }
 }
 
@@ -255,7 +265,8 @@ void SequenceCache::append(std::size_t layer, const float* k, const float* v, Ex
   LayerStep& taken = s.step.reserved.empty() ? nothing : s.step.reserved[layer];
   s.layers[layer].append(s.grid(layer), taken.blocks, s.length, s.length + s.step.tokens, k, v, executor);
   if (!s.step.reserved.empty() && !s.scores.empty()) {
-    s.scores[layer].demoted(s.length);
+    s.reviews[layer].demoted(s.length);
+    s.reviews[layer].place(taken.scores.size() / s.options.layers[layer].kv_heads);
     s.scores[layer].place(taken.scores);
   }
   if (!s.scores.empty()) s.scores[layer].write(s.grid(layer), s.length, s.length + s.step.tokens, v);
@@ -277,7 +288,8 @@ void SequenceCache::commit() {
     if (s.slides(i)) s.layers[i].forget_before(s.grids[1], s.length - s.options.layers[i].local_window);
     if (s.scores.empty()) continue;
     s.scores[i].forget_before(s.layers[i].first());
-    if (decoded) s.scores[i].review(s.grid(i), s.layers[i], s.length);
+    s.reviews[i].forget_before(s.layers[i].first());
+    if (decoded) s.reviews[i].review(s.grid(i), s.layers[i], s.scores[i], s.length);
   }
 }
 
@@ -351,6 +363,7 @@ std::unique_ptr<SequenceCache> SequenceCache::fork() const {
   c.grids = s.grids;
   for (std::size_t i = 0; i < s.layers.size(); ++i) c.layers[i] = s.layers[i].fork(*s.arena);
   for (std::size_t i = 0; i < s.scores.size(); ++i) c.scores[i] = s.scores[i].fork(*s.arena);
+  for (std::size_t i = 0; i < s.reviews.size(); ++i) c.reviews[i] = s.reviews[i].fork();
   return copy;
 }
 

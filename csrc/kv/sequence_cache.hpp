@@ -25,15 +25,22 @@
 #include "kernels/block.hpp"
 #include "kv/importance.hpp"
 #include "kv/layer_store.hpp"
+#include "kv/review.hpp"
 
 namespace inferos::kv {
+
+// What `auto` goes by.
+struct Policy {
+  Thresholds thresholds{};
+  double gamma = 0.997;  // decay of the averaged attention mass, per token; 0 < gamma < 1
+};
 
 struct CacheOptions {
   std::vector<LayerShape> layers;  // 1..4096
   std::vector<Format> formats;     // per layer: what a block becomes when it leaves the window; kF16 = it stays
-  // `auto`: a block becomes INT8 when it leaves the window (stays FP16 where l1 < 1); reviews (importance.hpp) then pack it narrower
+  // `auto`: a block becomes INT8 when it leaves the window (stays FP16 where l1 < 1); reviews (review.hpp) then pack it narrower
   // by importance, at most to the layer's format.
-  std::optional<Thresholds> thresholds{};
+  std::optional<Policy> policy{};
   std::size_t recent_window = 64;     // 16..512 tokens
   std::size_t sink_tokens = 4;        // 0..64
   std::size_t max_tokens = 1u << 30;  // Error{kShape} beyond it

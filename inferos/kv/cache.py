@@ -162,9 +162,9 @@ class KVCache:
         Where the blocks live; a new one without a limit if absent.
     max_tokens : int, default 2**30
         Longest sequence.
-    thresholds : (float, float), default (1.0, 0.7)
-        For "auto": L1 and L2, 0 <= L2 <= L1 <= 1. Per layer and head at most 1 - L1 of the blocks outside the
-        window stay FP16 and at most 1 - L2 stay FP16 or INT8.
+    thresholds : (float, float, float), default (1.0, 0.7, 0.3)
+        For "auto": L1, L2 and L3, 0 <= L3 <= L2 <= L1 <= 1. Per layer and head at most 1 - L1 of the blocks
+        outside the window stay FP16 and at most 1 - L2 stay FP16 or INT8; the lowest L3 may be evicted.
     l2_format : {"k8v4", "int4"}, default "k8v4"
         For "auto": the narrowest format.
     gamma : float, default 0.997
@@ -185,7 +185,7 @@ class KVCache:
         sink_tokens: int = 4,
         arena: Arena | None = None,
         max_tokens: int = _DEFAULT_MAX_TOKENS,
-        thresholds: tuple[float, float] = (1.0, 0.7),
+        thresholds: tuple[float, float, float] = (1.0, 0.7, 0.3),
         l2_format: str = "k8v4",
         gamma: float = 0.997,
     ) -> None:

@@ -41,7 +41,7 @@ class CompressedSession:
         arena: Arena,
         threads: int,
         prefill_chunk: int,
-        thresholds: tuple[float, float] = (1.0, 0.7),
+        thresholds: tuple[float, float, float] = (1.0, 0.7, 0.3),
         l2_format: str = "k8v4",
     ) -> None:
         self.kv = kv

@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -114,7 +115,7 @@ def load(
         budget_bytes=budget,
         threads=threads,
         prefill_chunk=prefill_chunk,
-        thresholds=(resolved.thresholds.l1_int8, resolved.thresholds.l2_int4),
+        thresholds=astuple(resolved.thresholds),
         l2_format=resolved.l2_format,
     )
     if rules.kv.layer_overrides:

@@ -20,7 +20,7 @@ def open_session(
     budget_bytes: int = 0,
     threads: int = 0,
     prefill_chunk: int = 512,
-    thresholds: tuple[float, float] = (1.0, 0.7),
+    thresholds: tuple[float, float, float] = (1.0, 0.7, 0.3),
     l2_format: str = "k8v4",
 ) -> DecoderSession:
     """Open a decoder model on the CPU.
@@ -42,8 +42,8 @@ def open_session(
         Threads inside a node; 0 = as many as ONNX Runtime finds right.
     prefill_chunk : int
         Tokens of one run at most; longer inputs are fed in pieces.
-    thresholds : (float, float)
-        For auto: L1 and L2, as in `inferos.kv.KVCache`.
+    thresholds : (float, float, float)
+        For auto: L1, L2 and L3, as in `inferos.kv.KVCache`.
     l2_format : str
         For auto: the narrowest format, k8v4 or int4.
 

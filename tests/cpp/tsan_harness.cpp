@@ -71,7 +71,7 @@ class Harness {
     options.layers = {{kHeads, kDim, -1}, {kHeads, kDim, 90}};
     const auto format = static_cast<Format>(which % kernels::kFormats);
     options.formats.assign(2, which >= kernels::kFormats ? Format::kInt4 : format);
-    if (which >= kernels::kFormats) options.thresholds = Thresholds{1.0, 0.7, 0.9};
+    if (which >= kernels::kFormats) options.policy = Policy{{1.0, 0.7, 0.3}, 0.9};
     options.recent_window = 16 + 16 * (which % 3);
     options.sink_tokens = which % 2 == 0 ? 4 : 0;
     return open_sequence(std::make_unique<SequenceCache>(std::move(options), arena_));

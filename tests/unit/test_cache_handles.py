@@ -145,9 +145,9 @@ def test_many_sequences_come_and_go():
         ({"layers": [LayerSpec(1, 272)]}, "head_dim 272"),
         ({"layers": [LayerSpec(1, 16, -2)]}, "local_window -2"),
         ({"kv": "auto", "l2_format": "int8"}, "l2_format"),
-        ({"kv": "auto", "thresholds": (0.5, 0.7)}, "l2 <= l1"),
-        ({"kv": "auto", "thresholds": (1.5, 0.7)}, "l1 <= 1"),
-        ({"kv": "auto", "thresholds": (float("nan"), 0.0)}, "thresholds"),
+        ({"kv": "auto", "thresholds": (0.5, 0.7, 0.0)}, "l2 <= l1"),
+        ({"kv": "auto", "thresholds": (1.5, 0.7, 0.0)}, "l1 <= 1"),
+        ({"kv": "auto", "thresholds": (float("nan"), 0.0, 0.0)}, "thresholds"),
         ({"kv": "auto", "gamma": 1.0}, "gamma < 1"),
     ],
 )

@@ -79,7 +79,7 @@ def test_scores_are_the_decayed_mean_mass_of_the_heaviest_tokens_times_their_val
 )
 @pytest.mark.parametrize("l2_format", ["k8v4", "int4"])
 def test_shares_hold_per_head(l1, l2, l2_format):
-    with KVCache([SPEC] * 2, kv="auto", thresholds=(l1, l2), l2_format=l2_format) as cache:
+    with KVCache([SPEC] * 2, kv="auto", thresholds=(l1, l2, 0.0), l2_format=l2_format) as cache:
         step(cache, PROMPT, 0)
         decode(cache, 64 * 3 + 10)
         unpinned = (cache.length - 64 - 4) // 64
@@ -104,7 +104,7 @@ def test_shares_hold_per_head(l1, l2, l2_format):
 
 def test_a_heavy_hitter_keeps_its_level():
     heavy = 4 + 64 * 2 + 17
-    with KVCache([SPEC], kv="auto", thresholds=(1.0, 0.9)) as cache:
+    with KVCache([SPEC], kv="auto", thresholds=(1.0, 0.9, 0.0)) as cache:
         step(cache, PROMPT, 0, heavy)
         decode(cache, 64 * 5, heavy)
         for head in range(2):
@@ -115,7 +115,7 @@ def test_a_heavy_hitter_keeps_its_level():
 
 
 def test_levels_never_go_back():
-    with KVCache([SPEC], kv="auto", thresholds=(0.6, 0.3), l2_format="int4") as cache:
+    with KVCache([SPEC], kv="auto", thresholds=(0.6, 0.3, 0.0), l2_format="int4") as cache:
         step(cache, PROMPT, 0)
         before = levels(cache)
         for count in range(64 * 6):
@@ -126,18 +126,18 @@ def test_levels_never_go_back():
 
 
 def test_prefill_packs_no_block_below_int8():
-    with KVCache([SPEC], kv="auto", thresholds=(1.0, 1.0)) as cache:
+    with KVCache([SPEC], kv="auto", thresholds=(1.0, 1.0, 0.0)) as cache:
         for seed in range(8):
             step(cache, 200, seed)
         assert set(cache.formats(0, 0)) == {FORMATS["f16"], FORMATS["int8"]}
-    with KVCache([SPEC], kv="auto", thresholds=(0.5, 0.5)) as cache:
+    with KVCache([SPEC], kv="auto", thresholds=(0.5, 0.5, 0.0)) as cache:
         for seed in range(8):
             step(cache, 200, seed)
         assert set(cache.formats(0, 0)) == {FORMATS["f16"]}
 
 
 def test_one_review_is_no_verdict():
-    with KVCache([SPEC], kv="auto", thresholds=(1.0, 1.0)) as cache:
+    with KVCache([SPEC], kv="auto", thresholds=(1.0, 1.0, 0.0)) as cache:
         step(cache, PROMPT, 0)
         decode(cache, 3)  # the first review is due after the first decoded token
         assert FORMATS["k8v4"] not in levels(cache)
@@ -157,7 +157,7 @@ def test_without_measured_attention_nothing_is_demoted_further():
 
 def run(arena: Arena, deaths: frozenset[int]) -> tuple:
     """A conversation of three turns; steps that begin at a length in `deaths` die behind layer 0 the first time."""
-    with KVCache([SPEC] * 2, kv="auto", thresholds=(0.8, 0.6), arena=arena) as cache:
+    with KVCache([SPEC] * 2, kv="auto", thresholds=(0.8, 0.6, 0.0), arena=arena) as cache:
         for turn in range(3):
             for tokens in [300 + turn, *[1] * 150]:
                 if cache.length in deaths:
@@ -211,7 +211,7 @@ def test_scores_live_in_the_arena_and_are_counted():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
 def test_values_that_are_no_numbers_do_not_stop_the_reviews(bad):
-    with KVCache([SPEC], kv="auto", thresholds=(1.0, 0.5)) as cache:
+    with KVCache([SPEC], kv="auto", thresholds=(1.0, 0.5, 0.0)) as cache:
         k, v = rows(0, PROMPT, SPEC)
         k[200], v[300] = bad, bad
         cache.begin(PROMPT)
@@ -225,7 +225,7 @@ def test_values_that_are_no_numbers_do_not_stop_the_reviews(bad):
 
 def test_a_refused_allocation_among_demotions_changes_nothing():
     arena = Arena()
-    with KVCache([SPEC] * 2, kv="auto", thresholds=(0.5, 0.2), arena=arena) as cache:
+    with KVCache([SPEC] * 2, kv="auto", thresholds=(0.5, 0.2, 0.0), arena=arena) as cache:
         step(cache, PROMPT, 0)
         refused = 0
         for _ in range(64 * 3):
