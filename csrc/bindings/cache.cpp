@@ -48,12 +48,25 @@ using Array = py::array_t<T, py::array::c_style>;
 constexpr std::array<const char*, kernels::kFormats> kFormatNames{"f16", "int8", "k8v4", "int4"};
 constexpr std::uint8_t kNotHeld = 255;
 
-Format format_of(const std::string& name) {
-  for (std::size_t f = 0; f < kFormatNames.size(); ++f) {
-    if (name == kFormatNames[f]) return static_cast<Format>(f);
+constexpr std::array<const char*, 4> kLevelNames{"L0", "L1", "L2", "L3"};
+constexpr std::array<const char*, 2> kEvictionNames{"never", "pressure"};
+constexpr std::array<const char*, 3> kOverflowNames{"error", "stop", "evict"};
+
+// The enumerator of that name: they are numbered as the names are.
+template <class Enum, std::size_t N>
+Enum choice(const char* what, const std::string& name, const std::array<const char*, N>& names) {
+  std::string known;
+  for (std::size_t i = 0; i < N; ++i) {
+    if (name == names[i]) return static_cast<Enum>(i);
+    known += (i == 0 ? "" : ", ") + std::string(names[i]);
   }
-  throw Error(ErrorCode::kConfig, "format: '" + name + "' is not one of f16, int8, k8v4, int4");
+  throw Error(ErrorCode::kConfig, std::string(what) + ": '" + name + "' is not one of " + known);
 }
+
+Format format_of(const std::string& name) { return choice<Format>("format", name, kFormatNames); }
+
+// Thresholds (l1, l2, l3), gamma, eviction, overflow, max_levels.
+using PolicyArguments = std::tuple<std::array<double, 3>, double, std::string, std::string, std::vector<std::string>>;
 
 std::string text(const py::array& array) {
   std::string out;
@@ -98,7 +111,7 @@ std::size_t option(std::int64_t value, const char* name) {
 Handle open(const std::vector<std::tuple<std::int64_t, std::int64_t, std::int32_t>>& layers,
             const std::vector<std::string>& formats, std::int64_t recent_window, std::int64_t sink_tokens,
             std::int64_t max_tokens, const std::shared_ptr<Arena>& arena,
-            const std::optional<std::tuple<double, double, double, double>>& thresholds) {
+            const std::optional<PolicyArguments>& policy) {
   kv::CacheOptions options;
   for (const auto& [kv_heads, head_dim, local_window] : layers) {
     options.layers.push_back({option(kv_heads, "kv_heads"), option(head_dim, "head_dim"), local_window});
@@ -107,9 +120,16 @@ Handle open(const std::vector<std::tuple<std::int64_t, std::int64_t, std::int32_
   options.recent_window = option(recent_window, "recent_window");
   options.sink_tokens = option(sink_tokens, "sink_tokens");
   options.max_tokens = option(max_tokens, "max_tokens");
-  if (thresholds) {
-    const auto& [l1, l2, l3, gamma] = *thresholds;
-    options.policy = kv::Policy{{l1, l2, l3}, gamma};
+  if (policy) {
+    const auto& [levels, gamma, eviction, overflow, max_levels] = *policy;
+    options.policy = kv::Policy{{levels[0], levels[1], levels[2]},
+                                gamma,
+                                choice<kv::Eviction>("eviction", eviction, kEvictionNames),
+                                choice<kv::Overflow>("overflow", overflow, kOverflowNames),
+                                {}};
+    for (const std::string& level : max_levels) {
+      options.policy->max_levels.push_back(choice<kv::Level>("max_levels", level, kLevelNames));
+    }
   }
   return kv::open_sequence(std::make_unique<SequenceCache>(std::move(options), arena));
 }
@@ -225,6 +245,8 @@ py::dict sequence_stats(Handle handle) {
   stats["elements"] = tiers.elements;
   stats["shared_bytes"] = tiers.shared_bytes;
   stats["score_bytes"] = tiers.score_bytes;
+  stats["evicted_token_heads"] = tiers.evicted;
+  stats["evicted_mass"] = lease->evicted_mass();
   return stats;
 }
 
@@ -313,8 +335,9 @@ void add_cache(py::module_& parent) {
       parent.def_submodule("cache", "Sequences by handle. One thread at a time uses a sequence: BusyError.");
   using Unlocked = py::call_guard<py::gil_scoped_release>;
   m.def("open", &open, py::arg("layers"), py::arg("formats"), py::arg("recent_window"), py::arg("sink_tokens"),
-        py::arg("max_tokens"), py::arg("arena"), py::arg("thresholds") = py::none(),
-        "layers: (kv_heads, head_dim, local_window) each; thresholds: None or (l1, l2, l3, gamma) -> handle");
+        py::arg("max_tokens"), py::arg("arena"), py::arg("policy") = py::none(),
+        "layers: (kv_heads, head_dim, local_window) each; policy: None or ((l1, l2, l3), gamma, eviction, overflow, "
+        "max_levels) -> handle");
   m.def("close", &kv::close_sequence, py::arg("handle"), Unlocked(),
         "Waits for a call in flight, then frees the sequence.");
   m.def("abandon", &kv::abandon, py::arg("handle"), Unlocked(),
@@ -348,6 +371,12 @@ void add_cache(py::module_& parent) {
         return Lease(handle)->demote(layer, head, index, format_of(format));
       },
       py::arg("handle"), py::arg("layer"), py::arg("head"), py::arg("index"), py::arg("format"), Unlocked());
+  m.def(
+      "evict",
+      [](Handle handle, std::size_t layer, std::size_t head, std::size_t index) {
+        return Lease(handle)->evict(layer, head, index);
+      },
+      py::arg("handle"), py::arg("layer"), py::arg("head"), py::arg("index"), Unlocked());
   m.def(
       "grid_blocks", [](Handle handle, std::size_t layer) { return Lease(handle)->grid_blocks(layer); },
       py::arg("handle"), py::arg("layer"));

@@ -28,7 +28,9 @@ constexpr std::size_t kMinSlabBytes = std::size_t{64} << 10;
 constexpr std::size_t kMaxSlabBytes = kHugePageBytes;
 constexpr std::size_t kGrowth =
     16;  // a slab is at most this part of what is reserved: the unused end of one stays small
-constexpr std::size_t kLookAhead = 8;  // slabs compared to find the fullest: emptier ones get the chance to drain
+constexpr std::size_t kBudgetSlabs = 128;  // a budget is cut into about this many
+constexpr std::size_t kLastPage = 32;      // the unused end of a slab's last page is at most this part of it
+constexpr std::size_t kLookAhead = 8;      // slabs compared to find the fullest: emptier ones get the chance to drain
 
 const char* tag_name(ArenaTag tag) noexcept {
   switch (tag) {
@@ -48,7 +50,10 @@ struct Slab {
   Slab& operator=(const Slab&) = delete;
   ~Slab() { ASAN_UNPOISON_MEMORY_REGION(memory.data(), memory.size()); }  // another mapping may get these pages
 
+  std::size_t free() const noexcept { return blocks - live; }
+
   AlignedBuffer memory;
+  std::size_t block_bytes = 0;
   std::size_t blocks = 0;  // that fit
   std::size_t carved = 0;  // handed out at least once: untouched pages behind them cost no memory yet
   std::size_t live = 0;
@@ -96,11 +101,21 @@ struct Arena::State {
     return stats.budget_bytes == 0 ? SIZE_MAX : stats.budget_bytes - stats.reserved_bytes;
   }
 
+  // Bytes of a slab for blocks of `bytes` that the budget allows at most: small ones, which empty soon, but not so small that
+  // their last pages add up.
+  std::size_t largest(std::size_t bytes) const noexcept {
+    const std::size_t page = page_bytes();
+    std::size_t least = bytes;
+    while ((page - least % page) % page * kLastPage > least) least += bytes;
+    return std::clamp(std::bit_floor(stats.budget_bytes / kBudgetSlabs), least, std::max(least, kMaxSlabBytes));
+  }
+
   // Bytes of the next slab for blocks of `bytes`: as large as the arena's size justifies, less where the budget is nearly used.
   // 0 = not even one block fits.
   std::size_t slab_bytes(std::size_t bytes) const noexcept {
     const std::size_t page = page_bytes();
-    const std::size_t wanted = std::clamp(std::bit_floor(stats.reserved_bytes / kGrowth), kMinSlabBytes, kMaxSlabBytes);
+    std::size_t wanted = std::clamp(std::bit_floor(stats.reserved_bytes / kGrowth), kMinSlabBytes, kMaxSlabBytes);
+    if (stats.budget_bytes != 0) wanted = std::min(wanted, largest(bytes));
     const std::size_t one = (bytes + page - 1) / page * page;
     if (one > room()) return 0;
     const std::size_t size = std::min(wanted, room() / page * page);
@@ -117,6 +132,7 @@ struct Arena::State {
     }
     if (size == 0) throw Error(ErrorCode::kBudget, refusal(bytes, tag));
     auto slab = std::make_unique<Slab>();
+    slab->block_bytes = bytes;
     slab->blocks = size / bytes;
     slab->freed.reserve(slab->blocks);
     size_class.open.reserve(size_class.slabs + 1);  // room for every slab of the class: release never grows it
@@ -151,6 +167,32 @@ struct Arena::State {
                              [](const Slab* a, const Slab* b) { return a->live < b->live; });
   }
 
+  static std::byte* take(Slab& slab) noexcept {
+    std::size_t index = 0;
+    if (slab.freed.empty()) {
+      index = slab.carved++;
+    } else {
+      index = slab.freed.back();
+      slab.freed.pop_back();
+    }
+    slab.live += 1;
+    std::byte* const block = slab.memory.data() + index * slab.block_bytes;
+    ASAN_UNPOISON_MEMORY_REGION(block, slab.block_bytes);
+    return block;
+  }
+
+  // Slabs of one size that hold blocks, emptiest first.
+  std::vector<Slab*> held(std::size_t bytes) const {
+    std::vector<Slab*> found;
+    for (const auto& slab : slabs) {
+      if (slab->block_bytes == bytes && slab->live != 0) found.push_back(slab.get());
+    }
+    std::sort(found.begin(), found.end(), [](const Slab* a, const Slab* b) {
+      return a->live * b->blocks < b->live * a->blocks;  // by the part that is used
+    });
+    return found;
+  }
+
   std::string refusal(std::size_t bytes, ArenaTag tag) const {
     return "arena: " + std::to_string(bytes) + " bytes for one " + tag_name(tag) +
            " do not fit: " + std::to_string(stats.reserved_bytes) + " bytes are reserved, " +
@@ -182,23 +224,14 @@ std::byte* Arena::allocate(std::size_t bytes, ArenaTag tag) {
   }
   SizeClass& size_class = state.classes[size];
   Slab* slab = state.slab_with_room(size_class, size, tag);
-  std::size_t index = 0;
-  if (slab->freed.empty()) {
-    index = slab->carved++;
-  } else {
-    index = slab->freed.back();
-    slab->freed.pop_back();
-  }
-  slab->live += 1;
-  if (slab->live == slab->blocks) std::erase(size_class.open, slab);
+  std::byte* const block = State::take(*slab);
+  if (slab->free() == 0) std::erase(size_class.open, slab);
 
   ArenaStats& stats = state.stats;
   stats.used_bytes += size;
   stats.used_high_water_bytes = std::max(stats.used_high_water_bytes, stats.used_bytes);
   stats.used_by_tag[static_cast<std::size_t>(tag)] += size;
   stats.live_blocks += 1;
-  std::byte* block = slab->memory.data() + index * size;
-  ASAN_UNPOISON_MEMORY_REGION(block, size);
   return block;
 }
 
@@ -225,6 +258,69 @@ void Arena::release(std::byte* block, std::size_t bytes, ArenaTag tag) noexcept 
     return;
   }
   state.drop(size_class, slab);
+}
+
+std::size_t Arena::budget() const noexcept { return state_->stats.budget_bytes; }  // never changes
+
+std::size_t Arena::largest_slab(std::size_t bytes) const noexcept { return state_->largest(bytes); }
+
+std::size_t Arena::available() const {
+  const std::scoped_lock lock(state_->mutex);
+  std::size_t bytes = state_->room();
+  if (bytes == SIZE_MAX) return bytes;
+  for (const auto& [size, size_class] : state_->classes) {
+    if (size_class.empty != nullptr) bytes += size_class.empty->memory.size();
+  }
+  return bytes;
+}
+
+std::vector<std::size_t> Arena::sparse_sizes() const {
+  const std::scoped_lock lock(state_->mutex);
+  std::vector<std::size_t> sizes;
+  for (const auto& [bytes, size_class] : state_->classes) {
+    std::size_t elsewhere = 0;  // free blocks
+    const std::vector<Slab*> slabs = state_->held(bytes);
+    for (const Slab* slab : slabs) elsewhere += slab->free();
+    const auto fits = [&](const Slab* slab) { return slab->live <= elsewhere - slab->free(); };
+    if (std::any_of(slabs.begin(), slabs.end(), fits)) sizes.push_back(bytes);
+  }
+  return sizes;
+}
+
+std::size_t Arena::compact(std::size_t bytes, std::span<const std::byte* const> blocks,
+                           const std::function<void(std::size_t, std::byte*)>& move) {
+  const std::size_t size = checked_add(std::max<std::size_t>(bytes, 1), kAlign - 1) / kAlign * kAlign;
+  State& state = *state_;
+  const std::scoped_lock lock(state.mutex);
+  const auto found = state.classes.find(size);
+  if (found == state.classes.end()) return 0;
+  SizeClass& size_class = found->second;
+  std::map<Slab*, std::vector<std::size_t>> movable;
+  for (std::size_t i = 0; i < blocks.size(); ++i) movable[(state.slab_after(blocks[i]) - 1)->get()].push_back(i);
+  std::vector<Slab*> kept = state.held(size);
+  std::vector<Slab*> emptied;
+  std::size_t elsewhere = 0;  // free blocks in slabs that stay
+  for (const Slab* slab : kept) elsewhere += slab->free();
+  std::erase_if(kept, [&](Slab* slab) {
+    const auto own = movable.find(slab);
+    if (own == movable.end() || own->second.size() != slab->live) return false;
+    if (slab->live + slab->free() > elsewhere) return false;
+    elsewhere -= slab->live + slab->free();
+    emptied.push_back(slab);
+    return true;
+  });
+  // Nothing below can fail. The fullest slabs are filled first.
+  for (Slab* slab : emptied) {
+    for (const std::size_t i : movable[slab]) {
+      while (kept.back()->free() == 0) kept.pop_back();
+      Slab& target = *kept.back();
+      move(i, State::take(target));
+      if (target.free() == 0) std::erase(size_class.open, &target);
+    }
+    std::erase(size_class.open, slab);
+    state.drop(size_class, slab);
+  }
+  return emptied.size();
 }
 
 ArenaStats Arena::stats() const {

@@ -4,12 +4,16 @@
 // Blocks of one size share slabs; a slab comes from the operating system in one piece, 64-byte aligned blocks inside,
 // and goes back when its last block is released. Slabs grow from 64 KiB to 2 MiB with the arena, so that a small
 // cache wastes little and a large one sits on huge pages (madvise on Linux; plain pages elsewhere).
-// The budget caps reserved bytes (slabs), which is what the process really pays. Nothing is ever reallocated or moved.
+// The budget caps reserved bytes (slabs), which is what the process really pays; under one slabs stay small, because a slab serves one size.
+// Nothing is ever reallocated, and moved only by compact().
 
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
+#include <span>
+#include <vector>
 
 namespace inferos {
 
@@ -42,6 +46,18 @@ class Arena {
   std::byte* allocate(std::size_t bytes, ArenaTag tag);
   // `block` and its size and tag as given to allocate.
   void release(std::byte* block, std::size_t bytes, ArenaTag tag) noexcept;
+
+  std::size_t budget() const noexcept;  // 0 = no limit
+  // Bytes of the budget that no slab with blocks in it holds; SIZE_MAX without a budget.
+  std::size_t available() const;
+  // Bytes of a full-grown slab of blocks of `bytes` under the budget.
+  std::size_t largest_slab(std::size_t bytes) const noexcept;
+  // Sizes of blocks that fit into fewer slabs than they lie in.
+  std::vector<std::size_t> sparse_sizes() const;
+  // Empties slabs of blocks of `bytes` and gives them back. `blocks`: those that may move; a slab that holds others stays.
+  // move(i, to) copies blocks[i], which must then be used at `to` alone; it must not throw nor use the arena. Returns the slabs given back.
+  std::size_t compact(std::size_t bytes, std::span<const std::byte* const> blocks,
+                      const std::function<void(std::size_t, std::byte*)>& move);
 
   ArenaStats stats() const;
   // Test seam: the n-th allocation from now (1 = the next) throws Error{kBudget}; 0 switches it off.

@@ -3,6 +3,7 @@
 // a FP16 block belongs to one sequence.
 
 #include <cstddef>
+#include <cstring>
 #include <memory>
 
 #include "core/arena.hpp"
@@ -27,6 +28,12 @@ class Block {
   ~Block() { arena_.release(data_, bytes_, static_cast<ArenaTag>(format_)); }
   Block(const Block&) = delete;
   Block& operator=(const Block&) = delete;
+
+  // Its bytes at another place, which Arena::compact has chosen. For the only holder.
+  void move_to(std::byte* place) noexcept {
+    std::memcpy(place, data_, bytes_);
+    data_ = place;
+  }
 
   std::byte* data() const noexcept { return data_; }
   std::size_t bytes() const noexcept { return bytes_; }

@@ -7,6 +7,7 @@
 #include <numeric>
 #include <utility>
 
+#include "kernels/codec.hpp"
 #include "kernels/importance.hpp"
 #include "kernels/quantize.hpp"
 #include "kv/room.hpp"
@@ -26,23 +27,30 @@ float square(const float* row, std::size_t head_dim) noexcept {
   return std::accumulate(std::begin(lanes), std::end(lanes), 0.0F);
 }
 
+// Records lie far apart, and what is measured between two samples leaves no cache with them.
+constexpr std::size_t kAhead = 8;
+void prefetch_average(const ScoreRecord& record) noexcept {
+  if (record)
+    kernels::prefetch(reinterpret_cast<const std::byte*>(record.average()), kBlockTokens * sizeof(std::uint16_t));
+}
+
 }  // namespace
 
 LayerScores::LayerScores(const LayerShape& shape, double gamma, bool wanted)
     : heads_(shape.kv_heads), head_dim_(shape.head_dim), gamma_(gamma), wanted_(wanted) {}
 
-std::vector<ScorePtr> LayerScores::reserve(Arena& arena, std::size_t fresh) {
-  std::vector<ScorePtr> taken;
+std::vector<ScoreRecord> LayerScores::reserve(Arena& arena, std::size_t fresh) {
+  std::vector<ScoreRecord> taken;
   taken.reserve(fresh * heads_);
-  for (std::size_t i = 0; i < fresh * heads_; ++i) taken.push_back(std::make_unique<ScoreRecord>(arena));
+  for (std::size_t i = 0; i < fresh * heads_; ++i) taken.emplace_back(arena);
   make_room(records_, taken.size());
   make_room(weights_, fresh);
   return taken;
 }
 
-void LayerScores::place(std::vector<ScorePtr>& fresh) noexcept {
-  for (ScorePtr& record : fresh) {
-    std::memset(record->average(), 0, ScoreRecord::kBytes);
+void LayerScores::place(std::vector<ScoreRecord>& fresh) noexcept {
+  for (ScoreRecord& record : fresh) {
+    std::memset(record.average(), 0, ScoreRecord::kBytes);
     records_.push_back(std::move(record));
   }
   for (std::size_t i = 0; i < fresh.size(); i += heads_) weights_.push_back(0.0);
@@ -55,7 +63,7 @@ void LayerScores::write(const Grid& grid, std::int64_t from, std::int64_t to, co
     for (std::size_t h = 0; h < heads_; ++h, row += head_dim_) {
       const float root = std::sqrt(square(row, head_dim_));
       const float norm = root <= kHalfMax ? root : kHalfMax;  // NaN too: what cannot be ranked counts as heavy
-      kernels::convert().f32_to_f16_saturate(&norm, 1, records_[at(h, index)]->norm() + (p - grid[index].start));
+      kernels::convert().f32_to_f16_saturate(&norm, 1, records_[at(h, index)].norm() + (p - grid[index].start));
     }
   }
 }
@@ -69,7 +77,7 @@ void LayerScores::truncate(const Grid& grid) noexcept {
   // The last block takes tokens again: what was measured before is not about them.
   weights_.back() = 0.0;
   for (std::size_t h = 0; h < heads_; ++h) {
-    std::memset(records_[at(h, first_ + held - 1)]->average(), 0, kBlockTokens * sizeof(std::uint16_t));
+    std::memset(records_[at(h, first_ + held - 1)].average(), 0, kBlockTokens * sizeof(std::uint16_t));
   }
 }
 
@@ -85,9 +93,9 @@ LayerScores LayerScores::fork(Arena& arena) const {
   copy.folded_at_ = folded_at_;
   copy.keep_ = keep_;
   copy.records_.reserve(records_.size());
-  for (const ScorePtr& record : records_) {
-    copy.records_.push_back(std::make_unique<ScoreRecord>(arena));
-    std::memcpy(copy.records_.back()->average(), record->average(), ScoreRecord::kBytes);
+  for (const ScoreRecord& record : records_) {
+    copy.records_.push_back(record ? ScoreRecord(arena) : ScoreRecord());
+    if (record) std::memcpy(copy.records_.back().average(), record.average(), ScoreRecord::kBytes);
   }
   copy.weights_ = weights_;
   return copy;
@@ -118,7 +126,9 @@ void LayerScores::fold(const Grid& grid, std::size_t head, std::span<const float
   for (std::size_t i = 0; i < blocks() && grid[first_ + i].finished(); ++i) {
     if (visible == folded_at_ && weights_[i] > 0.0) continue;
     const GridEntry& entry = grid[first_ + i];
-    fold_block(records_[at(head, first_ + i)]->average(), mass.data() + entry.start, entry.tokens, keep, add);
+    if (i + kAhead < blocks()) prefetch_average(records_[at(head, first_ + i + kAhead)]);
+    const ScoreRecord& record = records_[at(head, first_ + i)];
+    if (record) fold_block(record.average(), mass.data() + entry.start, entry.tokens, keep, add);
   }
 }
 
@@ -133,13 +143,28 @@ void LayerScores::folded(const Grid& grid, std::int64_t visible) noexcept {
 }
 
 double LayerScores::score(const Grid& grid, std::size_t head, std::size_t index) const noexcept {
-  if (index < first_ || index - first_ >= blocks() || weights_[index - first_] <= 0.0) return -1.0;
-  const ScoreRecord& record = *records_[at(head, index)];
+  if (!is_measured(head, index)) return -1.0;
+  const ScoreRecord& record = records_[at(head, index)];
   const std::size_t tokens = grid[index].tokens;
   const std::size_t heaviest = std::min(kernels::kHeaviest, tokens);
   const double sum = kernels::importance().heaviest(record.average(), record.norm(), tokens);
   // The average starts at 0: dividing by its weights' sum gives young blocks their due.
   return sum / static_cast<double>(heaviest) / weights_[index - first_] / static_cast<double>(kMassUnit);
+}
+
+double LayerScores::mass(const Grid& grid, std::size_t head, std::size_t index) const noexcept {
+  if (!is_measured(head, index)) return -1.0;
+  const std::uint16_t* average = records_[at(head, index)].average();
+  float values[kBlockTokens];
+  kernels::convert().f16_to_f32(average, grid[index].tokens, values);
+  const double sum = std::accumulate(values, values + grid[index].tokens, 0.0);
+  return sum / weights_[index - first_] / static_cast<double>(kMassUnit);
+}
+
+std::size_t LayerScores::bytes() const noexcept {
+  const auto held =
+      std::count_if(records_.begin(), records_.end(), [](const ScoreRecord& record) { return bool{record}; });
+  return static_cast<std::size_t>(held) * ScoreRecord::kBytes;
 }
 
 }  // namespace inferos::kv

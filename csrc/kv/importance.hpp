@@ -8,8 +8,8 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <memory>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "core/arena.hpp"
@@ -20,26 +20,32 @@ namespace inferos::kv {
 
 inline constexpr std::int64_t kMassInterval = 8;  // tokens between two samples of the attention mass
 
-// The tokens of one block of one head, fp16, in the arena.
+// The tokens of one block of one head, fp16, in the arena; or nothing, where the block was evicted.
 class ScoreRecord {
  public:
-  explicit ScoreRecord(Arena& arena)
-      : arena_(arena), data_(reinterpret_cast<std::uint16_t*>(arena.allocate(kBytes, ArenaTag::kScore))) {}
-  ~ScoreRecord() { arena_.release(reinterpret_cast<std::byte*>(data_), kBytes, ArenaTag::kScore); }
-  ScoreRecord(const ScoreRecord&) = delete;
-  ScoreRecord& operator=(const ScoreRecord&) = delete;
+  ScoreRecord() = default;
+  explicit ScoreRecord(Arena& arena)  // Error{kBudget}
+      : arena_(&arena), data_(reinterpret_cast<std::uint16_t*>(arena.allocate(kBytes, ArenaTag::kScore))) {}
+  ScoreRecord(ScoreRecord&& other) noexcept : arena_(other.arena_), data_(std::exchange(other.data_, nullptr)) {}
+  ScoreRecord& operator=(ScoreRecord&& other) noexcept {
+    std::swap(arena_, other.arena_);
+    std::swap(data_, other.data_);
+    return *this;
+  }
+  ~ScoreRecord() {
+    if (data_ != nullptr) arena_->release(reinterpret_cast<std::byte*>(data_), kBytes, ArenaTag::kScore);
+  }
 
+  explicit operator bool() const noexcept { return data_ != nullptr; }
   std::uint16_t* average() const noexcept { return data_; }  // of the mass, times kMassUnit
   std::uint16_t* norm() const noexcept { return data_ + kBlockTokens; }
 
   static constexpr std::size_t kBytes = 2 * kBlockTokens * sizeof(std::uint16_t);
 
  private:
-  Arena& arena_;
-  std::uint16_t* data_;
+  Arena* arena_ = nullptr;
+  std::uint16_t* data_ = nullptr;
 };
-
-using ScorePtr = std::unique_ptr<ScoreRecord>;
 
 class LayerScores {
  public:
@@ -47,8 +53,8 @@ class LayerScores {
   LayerScores(const LayerShape& shape, double gamma, bool wanted);
 
   // Records for `fresh` new grid entries, by grid index, then head. Error{kBudget}.
-  std::vector<ScorePtr> reserve(Arena& arena, std::size_t fresh);
-  void place(std::vector<ScorePtr>& fresh) noexcept;
+  std::vector<ScoreRecord> reserve(Arena& arena, std::size_t fresh);
+  void place(std::vector<ScoreRecord>& fresh) noexcept;
   // Tokens from..to-1; v: [to - from][kv_heads][head_dim].
   void write(const Grid& grid, std::int64_t from, std::int64_t to, const float* v) noexcept;
   // After the grid was truncated. A rewind also sets the clock back; a rollback does not: the step runs again, and what it
@@ -64,23 +70,32 @@ class LayerScores {
   void folded(const Grid& grid, std::int64_t visible) noexcept;                               // all heads are
 
   double score(const Grid& grid, std::size_t head,
-               std::size_t index) const noexcept;  // < 0 where nothing was measured yet
-  std::size_t bytes() const noexcept { return records_.size() * ScoreRecord::kBytes; }
+               std::size_t index) const noexcept;  // < 0 where nothing was measured yet, or the block was evicted
+  // The averaged share of the attention that a block receives, 0..1; < 0 where nothing was measured yet.
+  double mass(const Grid& grid, std::size_t head, std::size_t index) const noexcept;
+  void evicted(std::size_t head, std::size_t index) noexcept {
+    ScoreRecord gone = std::move(records_[at(head, index)]);
+  }
+  std::size_t bytes() const noexcept;
 
  private:
   std::size_t at(std::size_t head, std::size_t index) const noexcept { return (index - first_) * heads_ + head; }
   std::size_t blocks() const noexcept { return weights_.size(); }
   double keep_at(std::int64_t visible) const noexcept;
+  bool is_measured(std::size_t head, std::size_t index) const noexcept {
+    return index >= first_ && index - first_ < blocks() && weights_[index - first_] > 0.0 &&
+           bool{records_[at(head, index)]};
+  }
 
   std::size_t heads_;
   std::size_t head_dim_;
   double gamma_;
   bool wanted_;
-  std::size_t first_ = 0;          // grid index of the first block held
-  std::int64_t folded_at_ = 0;     // visible tokens at the last sample
-  double keep_ = 0.0;              // what the last sample left of the averages
-  std::vector<ScorePtr> records_;  // at(head, index)
-  std::vector<double> weights_;    // per block: what the average's weights sum to, 0 before the first sample
+  std::size_t first_ = 0;             // grid index of the first block held
+  std::int64_t folded_at_ = 0;        // visible tokens at the last sample
+  double keep_ = 0.0;                 // what the last sample left of the averages
+  std::vector<ScoreRecord> records_;  // at(head, index)
+  std::vector<double> weights_;       // per block: what the average's weights sum to, 0 before the first sample
 };
 
 }  // namespace inferos::kv

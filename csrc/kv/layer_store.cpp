@@ -47,7 +47,7 @@ Reservation LayerStore::reserve(Arena& arena, const Grid& grid, std::vector<Demo
   if (from < due) taken.packed.resize(heads_.size());
   for (std::size_t h = 0; h < taken.packed.size(); ++h) {
     for (std::size_t index = from; index < due; ++index) {
-      if (heads_[h].blocks[index - first_]->format() != Format::kF16) continue;
+      if (!holds(h, index) || format(h, index) != Format::kF16) continue;
       taken.packed[h].push_back(std::make_shared<Block>(arena, leaving_, shape_.head_dim, kBlockTokens));
     }
   }
@@ -119,7 +119,7 @@ void LayerStore::settle(const Grid& grid, std::size_t head, Reservation& reserva
   std::size_t next = 0;
   for (std::size_t index = std::max(settled_, first_); index < grid.due() && leaving_ != Format::kF16; ++index) {
     BlockPtr old = heads_[head].blocks[index - first_];
-    if (old->format() != Format::kF16) continue;
+    if (old == nullptr || old->format() != Format::kF16) continue;
     BlockPtr& packed = reservation.packed[head][next++];
     const Block* following = index + 1 < grid.due() ? heads_[head].blocks[index + 1 - first_].get() : nullptr;
     convert_block(*old, grid[index].tokens, shape_.head_dim, *packed, following);
@@ -209,12 +209,14 @@ void LayerStore::forget_before(const Grid& grid, std::int64_t position) noexcept
 
 bool LayerStore::any_packed(std::size_t index) const noexcept {
   if (index < first_) return false;
-  return std::any_of(heads_.begin(), heads_.end(),
-                     [&](const Head& head) { return head.blocks[index - first_]->format() != Format::kF16; });
+  return std::any_of(heads_.begin(), heads_.end(), [&](const Head& head) {
+    const BlockPtr& block = head.blocks[index - first_];
+    return block == nullptr || block->format() != Format::kF16;
+  });
 }
 
 bool LayerStore::demote(Arena& arena, const Grid& grid, std::size_t head, std::size_t index, Format format) {
-  if (index < first_) return false;
+  if (!holds(head, index)) return false;
   const Block& old = *heads_[head].blocks[index - first_];
   if (format <= old.format()) return false;
   auto packed = std::make_shared<Block>(arena, format, shape_.head_dim, kBlockTokens);
@@ -222,6 +224,48 @@ bool LayerStore::demote(Arena& arena, const Grid& grid, std::size_t head, std::s
   convert_block(old, grid[index].tokens, shape_.head_dim, *packed);
   replace(head, grid[index], index, std::move(packed));
   return true;
+}
+
+BlockPtr LayerStore::evict(const Grid& grid, std::size_t head, std::size_t index) noexcept {
+  if (!holds(head, index)) return nullptr;
+  BlockPtr& held = heads_[head].blocks[index - first_];
+  auto& views = streams_[head].by_format[index_of(held->format())];
+  views.erase(at_start(views, grid[index].start));
+  return std::exchange(held, nullptr);
+}
+
+void LayerStore::put_back(const Grid& grid, std::size_t head, std::size_t index, BlockPtr block) {
+  auto& views = streams_[head].by_format[index_of(block->format())];
+  const GridEntry& entry = grid[index];
+  views.insert(at_start(views, entry.start), view_of(*block, entry.start, entry.tokens));
+  heads_[head].blocks[index - first_] = std::move(block);
+}
+
+std::int64_t LayerStore::evicted_end(const Grid& grid) const noexcept {
+  std::size_t evicted = 0;  // entries behind first_, up to the last evicted one
+  for (const Head& head : heads_) {
+    for (std::size_t i = head.blocks.size(); i > evicted; --i) {
+      if (head.blocks[i - 1] == nullptr) evicted = i;
+    }
+  }
+  return evicted == 0 ? 0 : grid[first_ + evicted - 1].end();
+}
+
+void LayerStore::movable(std::size_t bytes, std::vector<Place>& places, std::vector<const std::byte*>& data) const {
+  for (std::size_t h = 0; h < heads_.size(); ++h) {
+    for (std::size_t i = 0; i < heads_[h].blocks.size(); ++i) {
+      const BlockPtr& block = heads_[h].blocks[i];
+      if (block == nullptr || block->bytes() != bytes || block.use_count() > 1) continue;
+      places.push_back({h, first_ + i});
+      data.push_back(block->data());
+    }
+  }
+}
+
+void LayerStore::move(const Grid& grid, const Place& place, std::byte* to) noexcept {
+  Block& block = *heads_[place.head].blocks[place.index - first_];
+  block.move_to(to);
+  at_start(streams_[place.head].by_format[index_of(block.format())], grid[place.index].start)->data = to;
 }
 
 LayerStore LayerStore::fork(Arena& arena) const {
@@ -238,7 +282,7 @@ LayerStore LayerStore::fork(Arena& arena) const {
       (view++)->data = copy.heads_[h].sink->data();
     }
     for (BlockPtr& block : copy.heads_[h].blocks) {
-      if (block->format() != Format::kF16) continue;
+      if (block == nullptr || block->format() != Format::kF16) continue;
       block = duplicate(block);
       (view++)->data = block->data();
     }
@@ -256,7 +300,7 @@ void LayerStore::read(const Grid& grid, std::size_t head, std::int64_t position,
   if (format != nullptr) *format = block.format();
 }
 
-void LayerStore::count(TierBytes& total) const noexcept {
+void LayerStore::count(const Grid& grid, TierBytes& total) const noexcept {
   const auto add = [&](const BlockPtr& block) {
     const std::size_t f = index_of(block->format());
     total.blocks[f] += 1;
@@ -265,7 +309,14 @@ void LayerStore::count(TierBytes& total) const noexcept {
   };
   for (std::size_t h = 0; h < heads_.size(); ++h) {
     if (heads_[h].sink != nullptr) add(heads_[h].sink);
-    for (const BlockPtr& block : heads_[h].blocks) add(block);
+    for (std::size_t i = 0; i < heads_[h].blocks.size(); ++i) {
+      const BlockPtr& block = heads_[h].blocks[i];
+      if (block != nullptr) {
+        add(block);
+      } else {
+        total.evicted += grid[first_ + i].tokens;
+      }
+    }
     for (std::size_t f = 0; f < kernels::kFormats; ++f) {
       for (const BlockView& view : streams_[h].by_format[f]) {
         total.tokens[f] += view.end;

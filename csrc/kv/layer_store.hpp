@@ -33,6 +33,7 @@ struct TierBytes {
   std::size_t elements;                               // K and V values of those tokens
   std::size_t shared_bytes;                           // part of `bytes` that a fork shares
   std::size_t score_bytes;                            // importance scores
+  std::size_t evicted;                                // token-heads that were evicted
 };
 
 // A block of one head that is to become narrower.
@@ -73,22 +74,45 @@ class LayerStore {
   void truncate(const Grid& grid, std::int64_t length) noexcept;
   // Frees blocks before `position`, never the last one.
   void forget_before(const Grid& grid, std::int64_t position) noexcept;
+  // Whether a head still holds a block of the grid: neither forgotten nor evicted.
+  bool holds(std::size_t head, std::size_t index) const noexcept {
+    return index >= first_ && heads_[head].blocks[index - first_] != nullptr;
+  }
   Format format(std::size_t head, std::size_t index) const noexcept {
     return heads_[head].blocks[index - first_]->format();
   }
-  // Whether a head holds block `index` packed.
+  std::size_t block_bytes(std::size_t head, std::size_t index) const noexcept {
+    return heads_[head].blocks[index - first_]->bytes();
+  }
+  bool is_shared(std::size_t head, std::size_t index) const noexcept {
+    return heads_[head].blocks[index - first_].use_count() > 1;
+  }
+  // Whether a head holds block `index` packed, or not at all.
   bool any_packed(std::size_t index) const noexcept;
+  // False, and nothing is changed, where the block is not held or not wider than that. Error{kBudget}.
   bool demote(Arena& arena, const Grid& grid, std::size_t head, std::size_t index, Format format);
+  // The block leaves the cache: attention does not see its tokens any more. nullptr where it is not held. Noexcept but for put_back.
+  BlockPtr evict(const Grid& grid, std::size_t head, std::size_t index) noexcept;
+  void put_back(const Grid& grid, std::size_t head, std::size_t index, BlockPtr block);
+  // One past the last evicted position, 0 where none is.
+  std::int64_t evicted_end(const Grid& grid) const noexcept;
+  // The heads' blocks of `bytes` that no fork shares, and what to do when the i-th of them was moved.
+  struct Place {
+    std::size_t head;
+    std::size_t index;
+  };
+  void movable(std::size_t bytes, std::vector<Place>& places, std::vector<const std::byte*>& data) const;
+  void move(const Grid& grid, const Place& place, std::byte* to) noexcept;
 
   // Packed blocks shared, FP16 blocks copied.
   LayerStore fork(Arena& arena) const;
   void read(const Grid& grid, std::size_t head, std::int64_t position, float* k, float* v, Format* format) const;
-  void count(TierBytes& total) const noexcept;
+  void count(const Grid& grid, TierBytes& total) const noexcept;
 
  private:
   struct Head {
     BlockPtr sink;
-    std::vector<BlockPtr> blocks;  // grid index - first_
+    std::vector<BlockPtr> blocks;  // grid index - first_; nullptr = evicted
   };
 
   void place_sinks(Reservation& reservation) noexcept;

@@ -10,12 +10,11 @@ namespace {
 
 constexpr std::size_t kDemotionsPerStep = 16;  // in one layer
 
-int level_of(Format format) noexcept { return std::min(static_cast<int>(format), 2); }  // L0, L1, L2
-
 }  // namespace
 
-LayerReview::LayerReview(std::size_t heads, const Thresholds& thresholds, Format narrowest, std::int64_t phase)
-    : heads_(heads), thresholds_(thresholds), narrowest_(narrowest), phase_(phase) {}
+LayerReview::LayerReview(std::size_t heads, const Thresholds& thresholds, Format narrowest, bool evictable,
+                         std::int64_t phase)
+    : heads_(heads), thresholds_(thresholds), narrowest_(narrowest), evictable_(evictable), phase_(phase) {}
 
 void LayerReview::reserve(std::size_t fresh) {
   make_room(verdicts_, fresh * heads_);
@@ -31,7 +30,6 @@ void LayerReview::truncate(const Grid& grid) noexcept {
   if (grid.size() < first_) first_ = 0;
   const std::size_t held = std::min(grid.size() - first_, verdicts_.size() / heads_);
   verdicts_.resize(held * heads_);
-  cursor_ = std::min(cursor_, verdicts_.size());
   if (held == 0 || grid[first_ + held - 1].finished()) return;
   // The last block takes tokens again: what was decided before is not about them.
   std::fill(verdicts_.end() - static_cast<std::ptrdiff_t>(heads_), verdicts_.end(), Verdict{});
@@ -43,7 +41,6 @@ void LayerReview::set_back(std::int64_t length) noexcept {
 }
 
 void LayerReview::forget_before(std::size_t first) noexcept {
-  cursor_ -= std::min(cursor_, (first - first_) * heads_);
   drop_front(verdicts_, (first - first_) * heads_);
   first_ = first;
 }
@@ -55,34 +52,51 @@ LayerReview LayerReview::fork() const {
   return copy;
 }
 
-Format LayerReview::format_of(int level) const noexcept {
-  if (level == 0) return Format::kF16;
-  return level == 1 ? std::min(Format::kInt8, narrowest_) : narrowest_;
+// ceil(share * n), with a margin: 0.3 * 10 must be 3, not the 3.0000000000000004 that 1 - 0.7 makes of it.
+std::size_t LayerReview::allowed(double share, std::size_t n) noexcept {
+  return static_cast<std::size_t>(std::ceil(std::max(share * static_cast<double>(n) - 1e-9, 0.0)));
 }
 
-// The head's blocks outside the window, least important first; a verdict that still waits counts as done.
-void LayerReview::rank(const Grid& grid, const LayerStore& store, std::size_t head) noexcept {
+Format LayerReview::format_of(Level level) const noexcept {
+  if (level == Level::kL0) return Format::kF16;
+  return level == Level::kL1 ? std::min(Format::kInt8, narrowest_) : narrowest_;
+}
+
+void LayerReview::measure(const Grid& grid, const LayerScores& scores) noexcept {
+  scores_.clear();
+  for (std::size_t index = first_; index < grid.due(); ++index) {  // in the order the records lie in memory
+    for (std::size_t head = 0; head < heads_; ++head) scores_.push_back(scores.score(grid, head, index));
+  }
+}
+
+// A verdict that still waits counts as done.
+std::span<LayerReview::Ranked> LayerReview::rank(const Grid& grid, const LayerStore& store, std::size_t head) noexcept {
   ranking_.clear();
   for (std::size_t index = first_; index < grid.due(); ++index) {
+    if (!store.holds(head, index)) {
+      ranking_.push_back({-1.0, index, Level::kL3, narrowest_, false});
+      continue;
+    }
     const double worth = scores_[at(head, index)];
-    if (worth < 0.0) continue;
     const Format format = std::max(store.format(head, index), verdicts_[at(head, index)].held);
-    ranking_.push_back({worth, index, level_of(format), format});
+    ranking_.push_back({worth, index, level_of(format), format, worth >= 0.0});
   }
-  std::sort(ranking_.begin(), ranking_.end(), [](const Ranked& a, const Ranked& b) {
+  const auto place = [](const Ranked& block) { return block.level == Level::kL3 ? 0 : block.measured ? 1 : 2; };
+  std::sort(ranking_.begin(), ranking_.end(), [&](const Ranked& a, const Ranked& b) {
+    if (place(a) != place(b)) return place(a) < place(b);
     return a.score != b.score ? a.score < b.score : a.index < b.index;
   });
+  return ranking_;
 }
 
 // Gives the lowest blocks above `level` the verdict `level` until at most ceil(share * n) are above it.
-void LayerReview::demote_lowest(int level, double share) noexcept {
-  // The margin: 0.3 * 10 must be 3, not the 3.0000000000000004 that 1 - 0.7 makes of it.
-  const auto allowed = static_cast<std::ptrdiff_t>(std::ceil(share * static_cast<double>(ranking_.size()) - 1e-9));
-  auto above =
-      std::count_if(ranking_.begin(), ranking_.end(), [&](const Ranked& block) { return block.level < level; });
+void LayerReview::demote_lowest(Level level, double share) noexcept {
+  const std::size_t most = allowed(share, ranking_.size());
+  auto above = static_cast<std::size_t>(
+      std::count_if(ranking_.begin(), ranking_.end(), [&](const Ranked& block) { return block.level < level; }));
   for (Ranked& block : ranking_) {
-    if (above <= allowed) return;
-    if (block.level >= level) continue;
+    if (above <= most) return;
+    if (block.level >= level || !block.measured) continue;
     block.level = level;
     block.verdict = std::max(block.verdict, format_of(level));
     --above;
@@ -97,32 +111,36 @@ void LayerReview::review(const Grid& grid, const LayerStore& store, const LayerS
                          std::int64_t length) noexcept {
   if (!is_due(length)) return;
   reviewed_at_ = length;
-  scores_.clear();
-  for (std::size_t index = first_; index < grid.due(); ++index) {  // in the order the records lie in memory
-    for (std::size_t head = 0; head < heads_; ++head) scores_.push_back(scores.score(grid, head, index));
-  }
+  measure(grid, scores);
   for (std::size_t head = 0; head < heads_; ++head) {
     rank(grid, store, head);
-    demote_lowest(2, 1.0 - thresholds_.l2);
-    demote_lowest(1, 1.0 - thresholds_.l1);
-    for (const Ranked& block : ranking_) {
+    demote_lowest(Level::kL2, 1.0 - thresholds_.l2);
+    demote_lowest(Level::kL1, 1.0 - thresholds_.l1);
+    const std::size_t lowest = evictable() ? evictable_blocks(ranking_.size()) : 0;
+    for (std::size_t i = 0; i < ranking_.size(); ++i) {
+      const Ranked& block = ranking_[i];
       Verdict& verdict = verdicts_[at(head, block.index)];
       verdict.held = std::max(verdict.held, std::min(verdict.last, block.verdict));
       verdict.last = block.verdict;
+      const bool goes = i < lowest && block.measured;
+      verdict.evictable = goes ? std::min<std::uint8_t>(verdict.evictable + 1, kEvictableReviews) : std::uint8_t{0};
     }
   }
-  cursor_ = 0;
+  cursor_ = {0, first_};
 }
 
 std::vector<Demotion> LayerReview::next_demotions(const LayerStore& store, std::int64_t length) {
   std::vector<Demotion> next;
   next_cursor_ = cursor_;
   if (demoted_at_ == length) return next;
-  for (; next_cursor_ < verdicts_.size() && next.size() < kDemotionsPerStep; ++next_cursor_) {
-    const std::size_t index = first_ + next_cursor_ / heads_;
-    const std::size_t head = next_cursor_ % heads_;
-    const Format held = verdicts_[next_cursor_].held;
-    if (held > store.format(head, index)) next.push_back({head, index, held, nullptr});
+  const std::size_t end = first_ + verdicts_.size() / heads_;
+  for (; next_cursor_.head < heads_; next_cursor_ = {next_cursor_.head + 1, first_}) {
+    const std::size_t head = next_cursor_.head;
+    for (std::size_t& index = next_cursor_.index; (index = std::max(index, first_)) < end; ++index) {
+      if (next.size() == kDemotionsPerStep) return next;
+      const Format held = verdicts_[at(head, index)].held;
+      if (store.holds(head, index) && held > store.format(head, index)) next.push_back({head, index, held, nullptr});
+    }
   }
   return next;
 }
@@ -130,6 +148,12 @@ std::vector<Demotion> LayerReview::next_demotions(const LayerStore& store, std::
 void LayerReview::demoted(std::int64_t length) noexcept {
   demoted_at_ = length;
   cursor_ = next_cursor_;
+}
+
+double LayerReview::evicted_mass(std::size_t head) const noexcept {
+  double sum = 0.0;
+  for (std::size_t i = head; i < verdicts_.size(); i += heads_) sum += verdicts_[i].mass;
+  return sum;
 }
 
 }  // namespace inferos::kv

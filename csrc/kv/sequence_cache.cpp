@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <limits>
 #include <string>
 #include <utility>
@@ -18,13 +19,17 @@ constexpr std::int64_t kMaxTokens =
 std::string text(std::int64_t value) { return std::to_string(value); }
 std::string text(std::size_t value) { return std::to_string(value); }
 
-void check(const Policy& policy) {
+void check(const Policy& policy, std::size_t layers) {
   const auto& [l1, l2, l3] = policy.thresholds;
   if (!(0.0 <= l3 && l3 <= l2 && l2 <= l1 && l1 <= 1.0) || !(0.0 < policy.gamma && policy.gamma < 1.0)) {
     throw Error(ErrorCode::kConfig, "SequenceCache: thresholds l1 " + std::to_string(l1) + ", l2 " +
                                         std::to_string(l2) + ", l3 " + std::to_string(l3) + ", gamma " +
                                         std::to_string(policy.gamma) +
                                         ": wanted 0 <= l3 <= l2 <= l1 <= 1, 0 < gamma < 1");
+  }
+  if (!policy.max_levels.empty() && policy.max_levels.size() != layers) {
+    throw Error(ErrorCode::kShape,
+                "SequenceCache: " + text(policy.max_levels.size()) + " max_levels for " + text(layers) + " layers");
   }
 }
 
@@ -43,7 +48,7 @@ void check(const CacheOptions& options) {
     throw Error(ErrorCode::kShape, "SequenceCache: " + text(options.formats.size()) + " formats for " +
                                        text(options.layers.size()) + " layers");
   }
-  if (options.policy) check(*options.policy);
+  if (options.policy) check(*options.policy, options.layers.size());
   for (std::size_t i = 0; i < options.layers.size(); ++i) {
     const LayerShape& layer = options.layers[i];
     const std::string where = "layer " + text(i) + ": ";
@@ -64,7 +69,7 @@ void check(const CacheOptions& options) {
 
 struct LayerStep {
   Reservation blocks;
-  std::vector<ScorePtr> scores;
+  std::vector<ScoreRecord> scores;
 };
 
 // Memory taken for the open step, and how far it is.
@@ -74,10 +79,21 @@ struct Step {
   std::vector<LayerStep> reserved;  // per layer, or empty where nothing had to be taken
 };
 
+Level max_level(const CacheOptions& options, std::size_t layer) noexcept {
+  return options.policy->max_levels.empty() ? Level::kL3 : options.policy->max_levels[layer];
+}
+
+// What a block of this layer may become at most.
+Format narrowest(const CacheOptions& options, std::size_t layer) noexcept {
+  if (!options.policy || max_level(options, layer) >= Level::kL2) return options.formats[layer];
+  return max_level(options, layer) == Level::kL1 ? std::min(Format::kInt8, options.formats[layer]) : Format::kF16;
+}
+
 // What a block of this layer becomes when it leaves the window.
 Format leaving(const CacheOptions& options, std::size_t layer) noexcept {
-  if (!options.policy) return options.formats[layer];
-  return options.policy->thresholds.l1 >= 1.0 ? std::min(Format::kInt8, options.formats[layer]) : Format::kF16;
+  const Format most = narrowest(options, layer);
+  if (!options.policy) return most;
+  return options.policy->thresholds.l1 >= 1.0 ? std::min(Format::kInt8, most) : Format::kF16;
 }
 
 }  // namespace
@@ -119,8 +135,22 @@ struct SequenceCache::State {
     }
   }
 
+  // Whether a block may be demoted or evicted by the caller's own choice; checks the arguments.
+  bool is_outside_window(const char* function, std::size_t layer, std::size_t head, std::size_t index) {
+    check_layer(function, layer);
+    check_no_step(function);
+    Grid& own = grid(layer);
+    if (head >= options.layers[layer].kv_heads || index >= own.size()) {
+      throw Error(ErrorCode::kShape, std::string(function) + ": head " + text(head) + " of " +
+                                         text(options.layers[layer].kv_heads) + ", block " + text(index) + " of " +
+                                         text(own.size()));
+    }
+    own.update_due(length, options.recent_window);
+    return index < own.due();
+  }
+
   // Everything a step of `tokens` tokens may need, for all layers. Throws Error{kBudget} with the cache unchanged.
-  std::vector<LayerStep> reserve(std::int64_t tokens) {
+  std::vector<LayerStep> reserve(std::int64_t tokens, Arena& from) {
     const std::int64_t end = length + tokens;
     std::array<std::size_t, 2> fresh{};
     for (std::size_t kind = 0; kind < grids.size(); ++kind) {
@@ -141,12 +171,60 @@ struct SequenceCache::State {
       if (!scores.empty()) {
         demotions = reviews[i].next_demotions(layers[i], length);
         reviews[i].reserve(entries);
-        taken.scores = scores[i].reserve(*arena, entries);
+        taken.scores = scores[i].reserve(from, entries);
       }
-      taken.blocks = layers[i].reserve(*arena, grid(i), std::move(demotions), entries, sinks && !slides(i));
+      taken.blocks = layers[i].reserve(from, grid(i), std::move(demotions), entries, sinks && !slides(i));
       reserved.push_back(std::move(taken));
     }
     return reserved;
+  }
+
+  // Bytes that reserve() asks for; counted in an arena of its own, whose pages are never touched.
+  std::size_t need(std::int64_t tokens) {
+    Arena counted(0, false);
+    const std::vector<LayerStep> taken = reserve(tokens, counted);
+    return counted.stats().used_bytes;
+  }
+
+  // What demotion needs to be available: blocks given up free a slab of their size once they fill one, of two sizes at worst.
+  std::size_t headroom() const {
+    std::size_t largest = 0;
+    for (std::size_t i = 0; i < layers.size(); ++i) {
+      for (const Format format : {Format::kF16, Format::kInt8}) {
+        largest = std::max(largest, arena->largest_slab(kernels::block_bytes(format, options.layers[i].head_dim)));
+      }
+    }
+    return 2 * largest;
+  }
+
+  // reserve(), after what it takes to make room for it.
+  std::vector<LayerStep> make_room_for(std::int64_t tokens) {
+    if (!options.policy || arena->budget() == 0) return reserve(tokens, *arena);
+    const std::size_t spare = headroom();
+    std::optional<Relief> relief;
+    for (;;) {
+      std::string refusal;
+      try {
+        std::vector<LayerStep> taken = reserve(tokens, *arena);
+        if (taken.empty() || (relief && !relief->can_demote()) || arena->available() >= spare) {
+          if (relief) relief->keep();
+          return taken;
+        }
+      } catch (const Error& error) {
+        if (error.code() != ErrorCode::kBudget) throw;
+        refusal = error.what();
+      }
+      if (!relief) {
+        std::vector<Relief::Layer> all;
+        for (std::size_t i = 0; i < layers.size(); ++i) all.push_back({layers[i], grid(i), scores[i], reviews[i]});
+        relief.emplace(*arena, std::move(all), spare, options.policy->eviction, options.policy->overflow,
+                       [this, tokens] { return need(tokens); });
+      }
+      if (!relief->free_more()) {
+        throw Error(ErrorCode::kBudget, "begin: " + text(tokens) + " tokens behind " + text(length) +
+                                            " do not fit: " + relief->tried() + "; " + refusal);
+      }
+    }
   }
 
   void truncate(std::int64_t to) noexcept {
@@ -189,9 +267,9 @@ SequenceCache::SequenceCache(CacheOptions options, std::shared_ptr<Arena> arena)
     s.layers.emplace_back(s.options.layers[i], leaving(s.options, i), s.slides(i) ? 0 : s.options.sink_tokens);
     if (!s.options.policy) continue;
     const std::size_t phase = i * static_cast<std::size_t>(kReviewInterval) / s.options.layers.size();
-    s.scores.emplace_back(s.options.layers[i], s.options.policy->gamma, s.options.formats[i] != Format::kF16);
-    s.reviews.emplace_back(s.options.layers[i].kv_heads, s.options.policy->thresholds, s.options.formats[i],
-                           static_cast<std::int64_t>(phase));
+    s.scores.emplace_back(s.options.layers[i], s.options.policy->gamma, narrowest(s.options, i) != Format::kF16);
+    s.reviews.emplace_back(s.options.layers[i].kv_heads, s.options.policy->thresholds, narrowest(s.options, i),
+                           max_level(s.options, i) == Level::kL3, static_cast<std::int64_t>(phase));
   }
 }
 
@@ -211,7 +289,9 @@ std::int64_t SequenceCache::kept_from() const noexcept {
 
 std::int64_t SequenceCache::rewind_floor() const noexcept {
   std::int64_t floor = 0;
-  for (const LayerStore& layer : state_->layers) {
+  for (std::size_t i = 0; i < state_->layers.size(); ++i) {
+    const LayerStore& layer = state_->layers[i];
+    floor = std::max(floor, layer.evicted_end(state_->grid(i)));
     if (layer.first() == 0) continue;
     floor = std::max(floor, std::int64_t{state_->grids[1][layer.first()].start} + layer.shape().local_window);
   }
@@ -247,7 +327,7 @@ void SequenceCache::begin(std::int64_t tokens) {
                                        " is not within 1.." + text(room) + " (max_tokens " +
                                        text(s.options.max_tokens) + ")");
   }
-  s.step.reserved = s.reserve(tokens);
+  s.step.reserved = s.make_room_for(tokens);
   s.step.tokens = tokens;
   s.step.appended = 0;
   s.step_number += 1;
@@ -369,15 +449,36 @@ std::unique_ptr<SequenceCache> SequenceCache::fork() const {
 
 bool SequenceCache::demote(std::size_t layer, std::size_t head, std::size_t index, Format format) {
   State& s = *state_;
-  s.check_layer("demote", layer);
-  s.check_no_step("demote");
-  Grid& grid = s.grid(layer);
-  if (head >= s.options.layers[layer].kv_heads || index >= grid.size() || format > Format::kInt4) {
-    throw Error(ErrorCode::kShape, "demote: head " + text(head) + " of " + text(s.options.layers[layer].kv_heads) +
-                                       ", block " + text(index) + " of " + text(grid.size()));
+  if (!s.is_outside_window("demote", layer, head, index)) return false;
+  return s.layers[layer].demote(*s.arena, s.grid(layer), head, index, format);
+}
+
+bool SequenceCache::evict(std::size_t layer, std::size_t head, std::size_t index) {
+  State& s = *state_;
+  if (!s.is_outside_window("evict", layer, head, index)) return false;
+  const double mass = s.scores.empty() ? -1.0 : s.scores[layer].mass(s.grid(layer), head, index);
+  if (s.layers[layer].evict(s.grid(layer), head, index) == nullptr) return false;
+  if (s.scores.empty()) return true;
+  s.scores[layer].evicted(head, index);
+  s.reviews[layer].evicted(head, index, mass < 0.0 ? std::numeric_limits<double>::quiet_NaN() : mass);
+  return true;
+}
+
+double SequenceCache::evicted_mass() const {
+  const State& s = *state_;
+  double largest = 0.0;
+  for (std::size_t i = 0; i < s.layers.size(); ++i) {
+    if (s.reviews.empty()) {
+      if (s.layers[i].evicted_end(s.grid(i)) != 0) return std::numeric_limits<double>::quiet_NaN();
+      continue;
+    }
+    for (std::size_t head = 0; head < s.options.layers[i].kv_heads; ++head) {
+      const double mass = s.reviews[i].evicted_mass(head);
+      if (std::isnan(mass)) return mass;
+      largest = std::max(largest, mass);
+    }
   }
-  grid.update_due(s.length, s.options.recent_window);
-  return index < grid.due() && s.layers[layer].demote(*s.arena, grid, head, index, format);
+  return largest;
 }
 
 std::size_t SequenceCache::grid_blocks(std::size_t layer) const {
@@ -395,12 +496,17 @@ void SequenceCache::read(std::size_t layer, std::size_t head, std::int64_t posit
     throw Error(ErrorCode::kShape, "read: head " + text(head) + " of " + text(store.shape().kv_heads) + ", position " +
                                        text(position) + " of " + text(from) + ".." + text(s.length - 1));
   }
+  const bool in_sink = position < static_cast<std::int64_t>(store.sink_tokens());
+  if (!in_sink && !store.holds(head, s.grid(layer).find(position))) {
+    throw Error(ErrorCode::kShape, "read: position " + text(position) + " of layer " + text(layer) + ", head " +
+                                       text(head) + " was evicted");
+  }
   store.read(s.grid(layer), head, position, k, v, format);
 }
 
 TierBytes SequenceCache::tier_bytes() const {
   TierBytes total{};
-  for (const LayerStore& layer : state_->layers) layer.count(total);
+  for (std::size_t i = 0; i < state_->layers.size(); ++i) state_->layers[i].count(state_->grid(i), total);
   const auto add = [&](const std::vector<BlockPtr>& blocks) {
     for (const BlockPtr& block : blocks) {
       if (block == nullptr) continue;  // already placed
@@ -413,7 +519,7 @@ TierBytes SequenceCache::tier_bytes() const {
     add(taken.blocks.sinks);
     for (const auto& fresh : taken.blocks.fresh) add(fresh);
     for (const Demotion& demotion : taken.blocks.demotions) add({demotion.block});
-    for (const ScorePtr& record : taken.scores) total.score_bytes += record == nullptr ? 0 : ScoreRecord::kBytes;
+    for (const ScoreRecord& record : taken.scores) total.score_bytes += record ? ScoreRecord::kBytes : 0;
   }
   for (const LayerScores& layer : state_->scores) total.score_bytes += layer.bytes();
   return total;

@@ -12,6 +12,9 @@
 //   commit()                 when all layers have appended; a step of which a layer is missing is dropped by the next begin
 // A step that is never committed is rolled back by dropping FP16 tokens; packing is never undone (it changes no committed token's
 // membership, and the undisturbed run would have packed the same block at the same step).
+//
+// Where a budget is used up, an `auto` cache makes room first (relief.hpp); any other refuses the step at once. A refused step
+// leaves every token that was held before it, some blocks perhaps narrower.
 
 #include <cstddef>
 #include <cstdint>
@@ -25,6 +28,7 @@
 #include "kernels/block.hpp"
 #include "kv/importance.hpp"
 #include "kv/layer_store.hpp"
+#include "kv/relief.hpp"
 #include "kv/review.hpp"
 
 namespace inferos::kv {
@@ -33,6 +37,9 @@ namespace inferos::kv {
 struct Policy {
   Thresholds thresholds{};
   double gamma = 0.997;  // decay of the averaged attention mass, per token; 0 < gamma < 1
+  Eviction eviction = Eviction::kPressure;
+  Overflow overflow = Overflow::kError;
+  std::vector<Level> max_levels{};  // per layer; empty = L3 for all. L2: no eviction; L1: INT8 at most; L0: FP16
 };
 
 struct CacheOptions {
@@ -67,7 +74,7 @@ class SequenceCache {
   //   past >  length(), all layers appended     the open step is committed first (a host that never calls commit)
   //   past <  length()                          rewind(past) first
   // A layer that already ran in the open step also means a new step. Errors: kSequence (a gap, another past or count than the
-  // open step's), kRewind, kBudget (nothing changed), kShape.
+  // open step's), kRewind, kBudget (every token still held), kShape.
   void enter(std::size_t layer, std::int64_t past, std::int64_t tokens);
   void begin(std::int64_t tokens);  // drops an open step, then begins one at length()
   // k, v: [tokens][kv_heads][head_dim] f32, keys already rotated by their position.
@@ -97,6 +104,10 @@ class SequenceCache {
   // Returns false, and changes nothing, where it is not narrower, is in the window, or is not held any more.
   // Error{kSequence} while a step is open, Error{kShape} for an index that is none, Error{kBudget}: nothing is changed.
   bool demote(std::size_t layer, std::size_t head, std::size_t index, Format format);
+  // The block leaves the cache: attention does not see its tokens any more, and rewind_floor() lies behind them. Errors and false as demote.
+  bool evict(std::size_t layer, std::size_t head, std::size_t index);
+  // The largest share of a head's attention that its evicted blocks had when they went; NaN where that was not measured.
+  double evicted_mass() const;
   std::size_t grid_blocks(std::size_t layer) const;
 
   // One committed token back, dequantised, un-rotated: k[head_dim], v[head_dim]. Error{kShape}.

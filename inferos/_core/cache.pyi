@@ -7,7 +7,7 @@ import inferos._core
 import numpy
 import numpy.typing
 import typing
-__all__: list[str] = ['abandon', 'append', 'attend', 'begin', 'clear', 'close', 'commit', 'demote', 'enter', 'fork', 'formats', 'grid_blocks', 'kept_from', 'length', 'open', 'open_sequences', 'pending', 'read', 'rewind', 'rewind_floor', 'rollback', 'scores', 'stats', 'take_error']
+__all__: list[str] = ['abandon', 'append', 'attend', 'begin', 'clear', 'close', 'commit', 'demote', 'enter', 'evict', 'fork', 'formats', 'grid_blocks', 'kept_from', 'length', 'open', 'open_sequences', 'pending', 'read', 'rewind', 'rewind_floor', 'rollback', 'scores', 'stats', 'take_error']
 def abandon(handle: typing.SupportsInt | typing.SupportsIndex) -> int:
     """
     Drops the open step; the new handle. The old one is refused.
@@ -46,6 +46,8 @@ def demote(handle: typing.SupportsInt | typing.SupportsIndex, layer: typing.Supp
     ...
 def enter(handle: typing.SupportsInt | typing.SupportsIndex, layer: typing.SupportsInt | typing.SupportsIndex, past: typing.SupportsInt | typing.SupportsIndex, tokens: typing.SupportsInt | typing.SupportsIndex) -> None:
     ...
+def evict(handle: typing.SupportsInt | typing.SupportsIndex, layer: typing.SupportsInt | typing.SupportsIndex, head: typing.SupportsInt | typing.SupportsIndex, index: typing.SupportsInt | typing.SupportsIndex) -> bool:
+    ...
 def fork(handle: typing.SupportsInt | typing.SupportsIndex) -> int:
     ...
 def formats(handle: typing.SupportsInt | typing.SupportsIndex, layer: typing.SupportsInt | typing.SupportsIndex, head: typing.SupportsInt | typing.SupportsIndex) -> numpy.typing.NDArray[numpy.uint8]:
@@ -56,9 +58,9 @@ def kept_from(handle: typing.SupportsInt | typing.SupportsIndex) -> int:
     ...
 def length(handle: typing.SupportsInt | typing.SupportsIndex) -> int:
     ...
-def open(layers: collections.abc.Sequence[tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex]], formats: collections.abc.Sequence[str], recent_window: typing.SupportsInt | typing.SupportsIndex, sink_tokens: typing.SupportsInt | typing.SupportsIndex, max_tokens: typing.SupportsInt | typing.SupportsIndex, arena: inferos._core.Arena, thresholds: tuple[typing.SupportsFloat | typing.SupportsIndex, typing.SupportsFloat | typing.SupportsIndex, typing.SupportsFloat | typing.SupportsIndex] | None = None) -> int:
+def open(layers: collections.abc.Sequence[tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex]], formats: collections.abc.Sequence[str], recent_window: typing.SupportsInt | typing.SupportsIndex, sink_tokens: typing.SupportsInt | typing.SupportsIndex, max_tokens: typing.SupportsInt | typing.SupportsIndex, arena: inferos._core.Arena, policy: tuple[typing.Annotated[collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex], "FixedSize(3)"], typing.SupportsFloat | typing.SupportsIndex, str, str, collections.abc.Sequence[str]] | None = None) -> int:
     """
-    layers: (kv_heads, head_dim, local_window) each; thresholds: None or (l1, l2, gamma) -> handle
+    layers: (kv_heads, head_dim, local_window) each; policy: None or ((l1, l2, l3), gamma, eviction, overflow, max_levels) -> handle
     """
 def open_sequences() -> int:
     ...

@@ -122,6 +122,11 @@ class KVStats:
         Part of `total_bytes` that a fork holds as well.
     score_bytes : int
         Importance scores; 0 unless kv is auto.
+    evicted_token_heads : int
+        Tokens that were evicted, summed over layers and kv heads.
+    evicted_mass : float
+        The largest share of a kv head's attention, 0..1, that its evicted blocks had when they went; NaN where
+        that was not measured.
     elements : int
         K and V values held.
     """
@@ -134,6 +139,8 @@ class KVStats:
     shared_bytes: int
     score_bytes: int
     elements: int
+    evicted_token_heads: int
+    evicted_mass: float
 
     @property
     def bits_per_element(self) -> float | None:
@@ -167,8 +174,17 @@ class KVCache:
         outside the window stay FP16 and at most 1 - L2 stay FP16 or INT8; the lowest L3 may be evicted.
     l2_format : {"k8v4", "int4"}, default "k8v4"
         For "auto": the narrowest format.
+    max_levels : sequence of {"L0", "L1", "L2", "L3"}, optional
+        For "auto", per layer, how far its blocks may go: L0 stays FP16, L1 INT8 at most, L2 `l2_format` but not
+        evicted, L3 all; L3 everywhere if absent.
     gamma : float, default 0.997
         For "auto": decay of the averaged attention mass, per token.
+    eviction : {"pressure", "never"}, default "pressure"
+        For "auto", once the arena's budget is used up and every block outside the window is at its narrowest:
+        whether blocks may be evicted while that costs no head more than 1 % of its attention.
+    overflow : {"error", "stop", "evict"}, default "error"
+        For "auto", beyond that: BudgetError ("stop": the caller ends there in good order), or evict all the same,
+        least important first.
 
     Raises
     ------
@@ -187,12 +203,17 @@ class KVCache:
         max_tokens: int = _DEFAULT_MAX_TOKENS,
         thresholds: tuple[float, float, float] = (1.0, 0.7, 0.3),
         l2_format: str = "k8v4",
+        max_levels: Sequence[str] | None = None,
         gamma: float = 0.997,
+        eviction: str = "pressure",
+        overflow: str = "error",
     ) -> None:
         if kv not in KV_FORMATS:
             raise ConfigError(f"kv: {kv!r} is not one of {', '.join(KV_FORMATS)}")
         if l2_format not in ("k8v4", "int4"):
             raise ConfigError(f"l2_format: {l2_format!r} is not one of k8v4, int4")
+        if len(thresholds) != 3:
+            raise ConfigError(f"thresholds: {thresholds!r} is not L1, L2 and L3")
         self.layers = tuple(layers)
         self.kv = kv
         self.arena = Arena() if arena is None else arena
@@ -206,7 +227,7 @@ class KVCache:
                 sink_tokens,
                 max_tokens,
                 self.arena._native,  # noqa: SLF001 - both classes are of this module
-                (*thresholds, gamma) if kv == "auto" else None,
+                (list(thresholds), gamma, eviction, overflow, list(max_levels or [])) if kv == "auto" else None,
             )
         )
 
@@ -372,6 +393,23 @@ class KVCache:
             If a step is open.
         """
         return _core.cache.demote(self.handle, layer, head, block, kv)
+
+    def evict(self, layer: int, head: int, block: int) -> bool:
+        """Drop block `block` of one head: attention does not see its tokens any more, and no rewind reaches them.
+
+        Returns
+        -------
+        bool
+            False where nothing was done: in the window, or not held any more.
+
+        Raises
+        ------
+        ShapeError
+            If there is no such block.
+        SequenceError
+            If a step is open.
+        """
+        return _core.cache.evict(self.handle, layer, head, block)
 
     def grid_blocks(self, layer: int) -> int:
         """Blocks behind the sinks of a layer, the one being filled included."""
