@@ -19,6 +19,9 @@ from inferos.errors import InferosError
 if _typing.TYPE_CHECKING:
     from inferos.config import Policy
     from inferos.kv import Arena, KVCache, LayerSpec, get_num_threads, kernels, set_num_threads
+    from inferos.kv.engine import KVQuantizationEngine, QuantizationLevel
+    from inferos.kv.importance import ImportanceCalculator
+    from inferos.quality.monitor import QualityMonitor
     from inferos.runtime.generate import Generation, Token
     from inferos.runtime.model import Conversation, Model, load
     from inferos.runtime.register import register
@@ -31,11 +34,15 @@ __all__ = [
     "Arena",
     "Conversation",
     "Generation",
+    "ImportanceCalculator",
     "InferosError",
     "KVCache",
+    "KVQuantizationEngine",
     "LayerSpec",
     "Model",
     "Policy",
+    "QualityMonitor",
+    "QuantizationLevel",
     "SamplingOptions",
     "Token",
     "errors",
@@ -52,10 +59,14 @@ _HOMES = {
     "Arena": "inferos.kv",
     "Conversation": "inferos.runtime.model",
     "Generation": "inferos.runtime.generate",
+    "ImportanceCalculator": "inferos.kv.importance",
     "KVCache": "inferos.kv",
+    "KVQuantizationEngine": "inferos.kv.engine",
     "LayerSpec": "inferos.kv",
     "Model": "inferos.runtime.model",
     "Policy": "inferos.config",
+    "QualityMonitor": "inferos.quality.monitor",
+    "QuantizationLevel": "inferos.kv.engine",
     "SamplingOptions": "inferos.runtime.sampler",
     "Token": "inferos.runtime.generate",
     "get_num_threads": "inferos.kv",

@@ -60,7 +60,7 @@ def demo(
     with _output.progress_bar(context + len(_FORMATS) * (context + asked)) as progress:
         progress.describe("sampling a text")
         ids = sample_text(open_format("off"), context, seed=seed, first_token=0, progress=progress.advance)
-        plan = Plan(_FORMATS, open_format, "off", ids, max(1, context // 2), questions)
+        plan = Plan(_FORMATS, open_format, "off", (ids,), max(1, context // 2), questions)
         outcome = measure_all(plan, progress)
     out.print(table(outcome))
     _explain(out, context, plan.prompt, len(outcome.recalls["off"].right))

@@ -23,8 +23,6 @@ from inferos.cli._options import (
 from inferos.errors import ConfigError, ContextError
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from inferos.quality.recall import Prompt
     from inferos.runtime.layout import ModelLayout
     from inferos.runtime.protocols import DecoderSession, Ids
@@ -35,6 +33,10 @@ _DEFAULT_CONTEXT = 2048  # tokens
 _SHORTEST = 32  # tokens: below it there is nothing but the FP16 window
 # Characters of a text that are looked at: a longer file cannot make a longer context.
 _LEAST_READ, _LONGEST_TOKEN = 1 << 20, 64
+# inferos.quality.recall has the same; a test compares. Help must not load it.
+_CORE_TASKS = ("kv", "kvfill", "lines", "passkey", "copy")
+_TASKS = (*_CORE_TASKS, "multikey", "tracking")
+_MOST_WINDOWS = 10_000
 _DEFAULT_FORMATS = "off,f16,int8,k8v4,int4"
 
 
@@ -45,6 +47,9 @@ def evaluate(
         typer.Option("--text", metavar="FILE", help="UTF-8 text; without it the model writes its own."),
     ] = None,
     context: Annotated[int | None, typer.Option("--context", metavar="N", help="Tokens in the cache.")] = None,
+    windows: Annotated[
+        int, typer.Option("--windows", metavar="N", help="Windows of that length, each half a window further on.")
+    ] = 1,
     kv: Annotated[
         str, typer.Option("--kv", metavar="LIST", help="Formats: off, f16, int8, k8v4, int4, auto.")
     ] = _DEFAULT_FORMATS,
@@ -54,6 +59,12 @@ def evaluate(
         bool | None,
         typer.Option("--recall/--no-recall", help="Ask about facts far back.  [default: only for reference]"),
     ] = None,
+    tasks: Annotated[
+        str | None, typer.Option("--tasks", metavar="LIST", help=f"What to ask about: {', '.join(_TASKS)}.")
+    ] = None,
+    greedy: Annotated[
+        int, typer.Option("--greedy", metavar="N", help="Tokens decoded greedily, to find where formats part.")
+    ] = 0,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the sampled text and of the questions.")] = 0,
     memory_limit: MemoryLimitOption = None,
     device: DeviceOption = "auto",
@@ -65,6 +76,8 @@ def evaluate(
     """Measure PPL, KLD and same-top-1 of cache formats, teacher-forced through the decode path."""
     _options.check_range("--seed", seed, 0)
     _options.check_range("--threads", threads, 0, _options.MOST_THREADS)
+    _options.check_range("--windows", windows, 1, _MOST_WINDOWS)
+    chosen = None if tasks is None else _task_list(tasks)
     formats = _options.kv_list(kv, kv_k, kv_v)
     _options.check_device(device)
     budget = _options.budget_bytes(memory_limit)
@@ -75,9 +88,10 @@ def evaluate(
 
     layout = read_layout(resolve_model(model))
     length = _context(layout, context)
-    given = None if text is None else _read_text(layout, text, length)
-    with_recall = model == REFERENCE_NAME if recall is None else recall
-    job = _Job(layout, model, formats, length, given, with_recall, seed, budget, threads)
+    given = None if text is None else _read_text(layout, text, length, windows)
+    _check_greedy(layout, len(given[0]) if given else length, greedy)
+    asked = _asked(model == REFERENCE_NAME, recall, chosen)
+    job = _Job(layout, model, formats, length, windows, given, asked, greedy, seed, budget, threads)
     if dry_run:
         _plan.show(_plan.describe(layout, model, job.settings()), json_path)
     else:
@@ -92,8 +106,10 @@ class _Job:
     model: str
     formats: tuple[str, ...]
     length: int  # tokens
-    given: Ids | None  # the text; None: the model writes one
-    with_recall: bool
+    windows: int
+    given: tuple[Ids, ...] | None  # the texts; None: the model writes them
+    tasks: tuple[str, ...]  # of recall; none: not measured
+    greedy: int  # tokens, 0: not measured
     seed: int
     budget: int  # bytes, 0 = no limit
     threads: int
@@ -108,8 +124,11 @@ class _Job:
         return {
             "kv": list(self.formats),
             "baseline": self.baseline,
-            "context": self.length if self.given is None else len(self.given),
-            "recall": self.with_recall,
+            "context": self.length if self.given is None else len(self.given[0]),
+            "windows": self.windows,
+            "recall": bool(self.tasks),
+            "tasks": list(self.tasks),
+            "greedy": self.greedy or None,
             "memory_limit": self.budget or None,
             "threads": self.threads or None,
         }
@@ -126,18 +145,17 @@ class _Job:
         from inferos.cli._rows import Plan, measure_all, table
         from inferos.runtime.environment import environment
 
-        questions = _questions(self.layout, self.length, self.seed) if self.with_recall else []
-        asked = sum(len(prompt.ids) for prompt in questions)
-        texts = len(self.formats) + (self.baseline not in self.formats) + (self.given is None)
-        with _output.progress_bar(texts * self.length + len(self.formats) * asked) as progress:
-            ids = self._sample(progress) if self.given is None else self.given
-            plan = Plan(self.formats, self.open, self.baseline, ids, max(1, len(ids) // 2), questions)
+        questions = _questions(self.layout, self.length, self.tasks, self.seed) if self.tasks else []
+        texts = self.given or self._sample()
+        plan = Plan(self.formats, self.open, self.baseline, texts, max(1, len(texts[0]) // 2), questions, self.greedy)
+        with _output.progress_bar(plan.work) as progress:
             outcome = measure_all(plan, progress)
         out = _output.console(json_path)
         out.print(table(outcome))
-        source = "a text the model wrote itself" if self.given is None else "the given text"
+        source = "text the model wrote itself" if self.given is None else "the given text"
+        each = "At" if self.windows == 1 else f"In {self.windows} windows of"
         out.print(
-            f"\nAt {len(ids)} tokens of {source}; the last {len(ids) - plan.prompt} were fed one by one and scored "
+            f"\n{each} {len(texts[0])} tokens of {source}; the last {len(texts[0]) - plan.prompt} were fed one by one and scored "
             f"against kv={self.baseline}."
         )
         measurement = {
@@ -155,19 +173,17 @@ class _Job:
         )
         _output.write_json(json_path, report.as_json())
 
-    def _sample(self, progress: _output.Progress) -> Ids:
+    def _sample(self) -> tuple[Ids, ...]:
         from inferos.quality import sample_text
 
-        progress.describe("sampling a text")
         first, avoid = _text_ends(self.layout)
-        return sample_text(
-            self.open(self.baseline),
-            self.length,
-            seed=self.seed,
-            first_token=first,
-            avoid=avoid,
-            progress=progress.advance,
-        )
+        session = self.open(self.baseline)
+        with _output.progress_bar(self.windows * self.length) as progress:
+            progress.describe("sampling a text")
+            return tuple(
+                sample_text(session, self.length, seed=seed, first_token=first, avoid=avoid, progress=progress.advance)
+                for seed in range(self.seed, self.seed + self.windows)
+            )
 
 
 def _context(layout: ModelLayout, wanted: int | None) -> int:
@@ -179,20 +195,47 @@ def _context(layout: ModelLayout, wanted: int | None) -> int:
     return wanted
 
 
-def _read_text(layout: ModelLayout, path: Path, length: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """The text's first `length` tokens."""
+def _task_list(words: str) -> tuple[str, ...]:
+    chosen = tuple(dict.fromkeys(word.strip() for word in words.split(",") if word.strip()))
+    if not chosen or any(task not in _TASKS for task in chosen):
+        raise ConfigError(f"--tasks: {words!r}, expected some of {', '.join(_TASKS)}")
+    return chosen
+
+
+def _asked(is_reference: bool, recall: bool | None, chosen: tuple[str, ...] | None) -> tuple[str, ...]:
+    """The recall tasks: those named, else the usual ones where recall is wanted."""
+    if recall is False and chosen is not None:
+        raise ConfigError("--tasks: given together with --no-recall")
+    wanted = is_reference if recall is None else recall
+    return chosen or (_CORE_TASKS if wanted else ())
+
+
+def _check_greedy(layout: ModelLayout, length: int, tokens: int) -> None:
+    """A continuation must fit behind its prompt, half a text."""
+    _options.check_range("--greedy", tokens, 0, layout.context_length - max(1, length // 2))
+
+
+def _read_text(layout: ModelLayout, path: Path, length: int, count: int) -> tuple[Ids, ...]:
+    """The text's first `count` windows of `length` tokens, or all of a shorter text."""
+    from inferos.quality.measures import windows
     from inferos.runtime.tokenizer import TextTokenizer
 
+    stride = length - max(1, length // 2)  # a token is scored once
+    wanted = length + (count - 1) * stride
     try:
         with path.open(encoding="utf-8") as file:
-            content = file.read(max(_LEAST_READ, _LONGEST_TOKEN * length))
+            content = file.read(max(_LEAST_READ, _LONGEST_TOKEN * wanted))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise ConfigError(f"--text: {path} cannot be read: {reason}") from None
-    ids = TextTokenizer(layout.folder, layout.bos_id).encode(content)[:length]
+    ids = TextTokenizer(layout.folder, layout.bos_id).encode(content)[:wanted]
     if len(ids) < _SHORTEST:
         raise ConfigError(f"--text: {path} has {len(ids)} tokens, expected at least {_SHORTEST}")
-    return ids
+    if count == 1:
+        return (ids,)
+    if len(ids) < wanted:
+        raise ConfigError(f"--windows: {count} of {length} tokens need a text of {wanted}; {path} has {len(ids)}")
+    return tuple(windows(ids, length, stride))
 
 
 def _text_ends(layout: ModelLayout) -> tuple[int, tuple[int, ...]]:
@@ -202,7 +245,7 @@ def _text_ends(layout: ModelLayout) -> tuple[int, tuple[int, ...]]:
     return first, tuple(token for token in layout.eos_ids if token != layout.bos_id)
 
 
-def _questions(layout: ModelLayout, length: int, seed: int) -> list[Prompt]:
+def _questions(layout: ModelLayout, length: int, tasks: tuple[str, ...], seed: int) -> list[Prompt]:
     import tokenizers
 
     from inferos.quality import recall
@@ -216,6 +259,7 @@ def _questions(layout: ModelLayout, length: int, seed: int) -> list[Prompt]:
         words=reference_words(),
         filler=recall.default_filler(),
         first_token=int(front[0]) if layout.bos_id is not None and int(front[0]) == layout.bos_id else None,
+        tasks=tasks,
         documents=1,
         questions=16 if length >= 512 else 2,
         seed=seed,

@@ -1,15 +1,38 @@
 """What a compressed cache costs in quality: differences of distributions, perplexity and recall, always measured."""
 
-from inferos.quality.measures import Interval, Measures, Trace, compare, evaluate, record, sample_text
+from inferos.quality.greedy import Divergence, greedy_divergence, record_greedy
+from inferos.quality.measures import (
+    Interval,
+    Measures,
+    Trace,
+    compare,
+    compare_all,
+    evaluate,
+    record,
+    record_all,
+    sample_text,
+    windows,
+)
+from inferos.quality.monitor import QualityMonitor, allowed_delta_ppl
 from inferos.quality.recall import Recall
+from inferos.quality.recovery import RecoveryLadder
 
 __all__ = [
+    "Divergence",
     "Interval",
     "Measures",
+    "QualityMonitor",
     "Recall",
+    "RecoveryLadder",
     "Trace",
+    "allowed_delta_ppl",
     "compare",
+    "compare_all",
     "evaluate",
+    "greedy_divergence",
     "record",
+    "record_all",
+    "record_greedy",
     "sample_text",
+    "windows",
 ]

@@ -1,22 +1,23 @@
-"""Synthetic documents that ask for something said far back: five tasks, plain text, seeded.
+"""Synthetic documents that ask for something said far back: seven tasks, plain text, seeded.
 
 Every document is a context followed by its questions, so that the questions are asked after the context was cached and
 compressed. An answer is a span of characters that includes its leading blank. The forms are those the reference model
 was trained on; other decoder models understand most of them.
 
 The idea of the tasks: passkey (https://arxiv.org/abs/2305.16300), line retrieval (https://lmsys.org/blog/2023-06-29-longchat),
-key-value recall and copying (https://arxiv.org/abs/2404.06654).
+key-value recall, several keys with distractors, variable tracking and copying (https://arxiv.org/abs/2404.06654).
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from inferos.errors import ConfigError
 
-__all__ = ["TASKS", "Document", "Filler", "WordFiller", "make"]
+__all__ = ["CORE_TASKS", "TASKS", "Document", "Filler", "WordFiller", "make"]
 
 Filler = Callable[[random.Random, int], str]
 """About `tokens` tokens of unrelated text: filler(rng, tokens) -> text of whole words."""
@@ -134,6 +135,12 @@ _PASSKEY_FORMS = (
     ("The secret number is {v}. Do not forget it.\n", "What was the secret number? It is"),
     ("(The code word is {v}.)\n", "The code word is"),
     ("My number is {v}.\n", "My number is"),
+)
+# How a value is given to a name, what ends it, and how the name is asked for.
+_TRACKING_FORMS = (
+    (" {k} =", ";", " show {k}:"),
+    ("Set {k} to", ".\n", "Now {k} is"),
+    ("let {k} be", "\n", "value of {k}:"),
 )
 _COPY_MARKS = ("Again:", "Repeat:", "The same passage once more:", "Copy:")
 _HEADS = (
@@ -267,8 +274,63 @@ def _copy(order: _Order) -> Document:
     return writer.document("copy")
 
 
-_MAKERS = {"kv": _kv, "kvfill": _kvfill, "lines": _lines, "passkey": _passkey, "copy": _copy}
+def _multikey(order: _Order) -> Document:
+    """Facts under keys of two words that share each word with other keys, so that half a key finds a distractor."""
+    rng, form = order.rng, order.rng.choice(_KEY_VALUE_FORMS)
+    per_fact = 9 + (len(form.fact) + len(form.end)) // 6
+    per_question = 9 + (len(form.ask) + len(form.ask_end)) // 6
+    count = max(4, (order.tokens - order.questions * per_question - 14) // per_fact)
+    side = min(math.isqrt(count - 1) + 1, len(order.words) // 4)
+    drawn = rng.sample(order.words, 2 * side)
+    taken = set(drawn)
+    rest = [word for word in order.words if word not in taken]
+    keys = [f"{one} {other}" for one in drawn[:side] for other in drawn[side:]]
+    rng.shuffle(keys)
+    keys = keys[:count]
+    values = [rng.choice(rest) for _ in keys]
+    writer = _Writer()
+    writer.write(rng.choice(_HEADS))
+    for key, value in zip(keys, values, strict=True):
+        writer.write(f"{form.fact.format(k=key)} {value}{form.end}")
+    _ask_all(writer, order, form, keys, values)
+    return writer.document("multikey")
+
+
+def _tracking(order: _Order) -> Document:
+    """Names set to a value or to another name; the value of the names at the ends of the chains is asked for."""
+    rng = order.rng
+    fact, end, ask = rng.choice(_TRACKING_FORMS)
+    hops = rng.choice((1, 1, 2))
+    count = max(2, (order.tokens - order.questions * 8 - 14) // (8 * (hops + 1)))
+    chains = min(count, len(order.words) // (2 * (hops + 1)))
+    names = rng.sample(order.words, chains * (hops + 1))
+    taken = set(names)
+    rest = [word for word in order.words if word not in taken]
+    values = [rng.choice(rest) for _ in range(chains)]
+    # Level by level, so that a name and what it was set to stand far apart.
+    levels = [names[level * chains : (level + 1) * chains] for level in range(hops + 1)]
+    writer = _Writer()
+    writer.write(rng.choice(_HEADS))
+    for level, keys in enumerate(levels):
+        given = values if level == 0 else levels[level - 1]
+        for index in rng.sample(range(chains), chains):
+            writer.write(f"{fact.format(k=keys[index])} {given[index]}{end}")
+    _ask_all(writer, order, _Form(fact, end, ask, end), levels[-1], values)
+    return writer.document("tracking")
+
+
+_MAKERS = {
+    "kv": _kv,
+    "kvfill": _kvfill,
+    "lines": _lines,
+    "passkey": _passkey,
+    "copy": _copy,
+    "multikey": _multikey,
+    "tracking": _tracking,
+}
 TASKS = tuple(_MAKERS)
+CORE_TASKS = ("kv", "kvfill", "lines", "passkey", "copy")
+"""What the embedded reference model answers nearly always with an uncompressed cache."""
 
 
 def make(
@@ -279,7 +341,7 @@ def make(
     Parameters
     ----------
     task : str
-        kv, kvfill, lines (`questions` answers each), passkey or copy (one answer each).
+        kv, kvfill, lines, multikey, tracking (`questions` answers each), passkey or copy (one answer each).
     rng : random.Random
         Every choice is drawn from it.
     tokens : int

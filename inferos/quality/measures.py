@@ -11,13 +11,17 @@ For a scored position, p and q are the softmax of the uncompressed and the compr
 - RMS delta p is the root mean square of q(token) - p(token);
 - same-top-1 is the share of positions where both have the same most likely token.
 
-Intervals are 95 % percentile intervals of a circular block bootstrap (https://doi.org/10.1214/aos/1176347265) over
-positions, blocks of 32 tokens, because neighbouring positions of one text are not independent. The paired difference
-of NLL is resampled for the relative change, so it is far narrower than the interval of either PPL.
+Intervals are 95 % percentile intervals of a circular block bootstrap over positions, blocks of 32 tokens. The paired
+difference of NLL is resampled for the relative change, so it is far narrower than the interval of either PPL. The
+largest KLD has none: resampling cannot say how far a maximum may lie beyond what was seen.
+
+Several texts of one length are scored as one sample: `windows` cuts a long text into overlapping ones, each token
+scored once with at least `window - stride` tokens before it, which makes the PPL a sliding-window one.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -26,26 +30,30 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from inferos.errors import ConfigError, ContextError, ProviderError, ShapeError
+from inferos.errors import ConfigError, ContextError, ShapeError
+from inferos.quality._scoring import exp, expm1, finite, log_softmax, score
+from inferos.quality._statistics import Interval, mean_interval, percentile_interval
 from inferos.runtime.protocols import DecoderSession, Float32, Ids, TokenSequence
 from inferos.runtime.sampler import Sampler, SamplingOptions
 
-__all__ = ["Interval", "Measures", "Trace", "compare", "evaluate", "record", "sample_text"]
+__all__ = [
+    "Interval",
+    "Measures",
+    "Trace",
+    "compare",
+    "compare_all",
+    "evaluate",
+    "perplexity",
+    "record",
+    "record_all",
+    "sample_text",
+    "windows",
+]
 
 Float64 = npt.NDArray[np.float64]
 Progress = Callable[[int], None]
 
-_BLOCK = 32  # positions
-_RESAMPLES = 2000
 _IN_MEMORY = 256 * 2**20  # bytes of logits kept in memory; more go to a temporary file
-
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """A 95 % interval."""
-
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +83,13 @@ class Trace:
     @property
     def ppl(self) -> float:
         """Perplexity of the scored tokens."""
+        return perplexity([self])
+
+    @property
+    def nll(self) -> list[float]:
+        """Negative log-likelihood of each scored token, nats."""
         tokens = self.ids[self.prompt :]
-        nll = [-float(_log_softmax(row)[token]) for row, token in zip(self.logits, tokens, strict=True)]
-        return _exp(sum(nll) / len(nll))
+        return [-float(log_softmax(row)[token]) for row, token in zip(self.logits, tokens, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,16 +100,19 @@ class Measures:
     ----------
     positions : int
         Predictions compared.
+    baseline_ppl : float
+        The uncompressed session's perplexity.
     context : int
-        Tokens in the cache at the end.
+        Tokens in the cache at the end of a text.
     kv_bytes, kv_elements : int
-        The cache after the whole text.
+        The cache after a whole text; of several texts the last one's.
     tokens_per_s : float or None
         One-token steps a second, only the time inside the session counted.
     """
 
     positions: int
     context: int
+    baseline_ppl: float
     ppl: float
     ppl_interval: Interval
     delta_ppl_rel: float
@@ -105,9 +120,12 @@ class Measures:
     kld_mean: float
     kld_mean_interval: Interval
     kld_median: float
+    kld_median_interval: Interval
     kld_p99: float
+    kld_p99_interval: Interval
     kld_max: float
     rms_delta_p: float
+    rms_delta_p_interval: Interval
     same_top1: float
     same_top1_interval: Interval
     kv_bytes: int
@@ -115,9 +133,39 @@ class Measures:
     tokens_per_s: float | None
 
     @property
+    def delta_ppl(self) -> float:
+        """Change of the perplexity, absolute."""
+        return self.baseline_ppl * self.delta_ppl_rel
+
+    @property
     def bits_per_element(self) -> float:
         """Bits the cache takes for one value of K or V, scales and window included."""
         return 8 * self.kv_bytes / self.kv_elements
+
+
+def windows(ids: Ids, window: int, stride: int) -> list[Ids]:
+    """Overlapping pieces of a text for `record_all` with a prompt of `window - stride`: each token is scored once.
+
+    What is left at the end is shorter than `stride` and is not scored.
+
+    Parameters
+    ----------
+    ids : (tokens,) int64
+    window : int
+        Tokens of a piece.
+    stride : int
+        Tokens from one piece to the next, 1..window - 1; so many are scored in each.
+
+    Raises
+    ------
+    ConfigError
+        If the stride does not fit the window, or the text is shorter than one.
+    """
+    if not 1 <= stride < window:
+        raise ConfigError(f"windows: stride is {stride}, expected 1..{window - 1} for windows of {window} tokens")
+    if len(ids) < window:
+        raise ConfigError(f"windows: a text of {len(ids)} tokens, expected at least one window of {window}")
+    return [ids[start : start + window] for start in range(0, len(ids) - window + 1, stride)]
 
 
 def evaluate(reference: DecoderSession, session: DecoderSession, ids: Ids, *, prompt: int | None = None) -> Measures:
@@ -126,61 +174,106 @@ def evaluate(reference: DecoderSession, session: DecoderSession, ids: Ids, *, pr
 
 
 def record(session: DecoderSession, ids: Ids, *, prompt: int | None = None, progress: Progress | None = None) -> Trace:
-    """Run the uncompressed session over a text and keep what it says.
+    """Run the uncompressed session over a text and keep what it says; see `record_all`."""
+    return record_all(session, [ids], prompt=prompt, progress=progress)[0]
+
+
+def record_all(
+    session: DecoderSession, texts: Sequence[Ids], *, prompt: int | None = None, progress: Progress | None = None
+) -> list[Trace]:
+    """Run the uncompressed session over texts and keep what it says.
 
     Parameters
     ----------
     session : DecoderSession
-    ids : (tokens,) int64
+    texts : sequence of (tokens,) int64
+        All of one length.
     prompt : int, optional
-        Tokens fed as one prompt, at least 1; half of the text where not given.
+        Tokens fed as one prompt, at least 1; half of a text where not given.
     progress : callable, optional
         Called with the number of tokens just run.
 
     Raises
     ------
     ShapeError
-        If ids is not one-dimensional int64 with an id of the vocabulary each.
+        If a text is not one-dimensional int64 with an id of the vocabulary each, or the lengths differ.
     ConfigError
-        If the prompt leaves nothing to score.
+        If there is no text, or the prompt leaves nothing to score.
     ContextError
-        If the text is longer than the model's context.
+        If a text is longer than the model's context.
     """
-    text = _checked(session, ids)
-    first = max(1, len(text) // 2) if prompt is None else prompt
-    if not 1 <= first < len(text):
-        raise ConfigError(f"record: prompt is {first}, expected 1..{len(text) - 1} for a text of {len(text)} tokens")
-    logits = _room(len(text) - first, session.vocab_size)
+    if not texts:
+        raise ConfigError("record: 0 texts, expected at least one")
+    length = len(_checked(session, texts[0]))
+    for text in texts:
+        if len(_checked(session, text)) != length:
+            raise ShapeError(f"record: texts of {length} and {len(text)} tokens, expected one length")
+    first = max(1, length // 2) if prompt is None else prompt
+    if not 1 <= first < length:
+        raise ConfigError(f"record: prompt is {first}, expected 1..{length - 1} for a text of {length} tokens")
+    rows = length - first
+    room = _room(len(texts) * rows, session.vocab_size)
+    traces = []
+    for number, text in enumerate(texts):
+        logits = room[number * rows : (number + 1) * rows]
 
-    def keep(row: int, values: Float32) -> None:
-        logits[row] = values
+        def keep(row: int, values: Float32, logits: Float32 = logits) -> None:
+            logits[row] = values
 
-    run = _teacher_force(session, text, first, keep, progress)
-    return Trace(text, first, logits, *run)
+        kv_bytes, kv_elements, seconds = _teacher_force(session, text, first, keep, progress)
+        traces.append(Trace(text, first, logits, kv_bytes, kv_elements, _speed(rows, seconds)))
+    return traces
+
+
+def perplexity(traces: Sequence[Trace]) -> float:
+    """Perplexity of the uncompressed session over all scored tokens."""
+    nll = [value for trace in traces for value in trace.nll]
+    return exp(sum(nll) / len(nll))
 
 
 def compare(trace: Trace, session: DecoderSession, *, progress: Progress | None = None) -> Measures:
-    """Run a session over the trace's text and measure how far its predictions are from the trace's.
+    """Run a session over the trace's text and measure how far its predictions are from the trace's."""
+    return compare_all([trace], session, progress=progress)
+
+
+def compare_all(traces: Sequence[Trace], session: DecoderSession, *, progress: Progress | None = None) -> Measures:
+    """Run a session over the traces' texts and measure how far its predictions are from theirs, all as one sample.
 
     Raises
     ------
+    ConfigError
+        If there is no trace.
     ShapeError
-        If the session's vocabulary is not the trace's.
+        If the session's vocabulary is not the traces'.
     ContextError
-        If the text is longer than the model's context.
+        If a text is longer than the model's context.
     ProviderError
         If the session gives a logit that is not a number.
     """
+    if not traces:
+        raise ConfigError("compare: 0 traces, expected at least one")
+    parts: list[Float64] = []
+    held, total_seconds = (0, 0), 0.0
+    for trace in traces:
+        scores, kv_bytes, kv_elements, seconds = _compare_one(trace, session, progress)
+        parts.append(scores)
+        held = (kv_bytes, kv_elements)
+        total_seconds += seconds
+    every = np.concatenate(parts)
+    return _summary(every, len(traces[-1].ids), *held, _speed(len(every), total_seconds))
+
+
+def _compare_one(trace: Trace, session: DecoderSession, progress: Progress | None) -> tuple[Float64, int, int, float]:
+    """Scores (positions, 5) over one text, the cache's bytes and elements, the seconds of the steps."""
     text = _checked(session, trace.ids)
     if session.vocab_size != trace.logits.shape[1]:
         raise ShapeError(f"compare: the session has {session.vocab_size} tokens, the trace {trace.logits.shape[1]}")
     scores = np.empty((len(text) - trace.prompt, 5))
 
-    def score(row: int, values: Float32) -> None:
-        scores[row] = _score(trace.logits[row], values, int(text[trace.prompt + row]))
+    def take(row: int, values: Float32) -> None:
+        scores[row] = score(trace.logits[row], values, int(text[trace.prompt + row]))
 
-    kv_bytes, kv_elements, speed = _teacher_force(session, text, trace.prompt, score, progress)
-    return _summary(scores, len(text), kv_bytes, kv_elements, speed)
+    return scores, *_teacher_force(session, text, trace.prompt, take, progress)
 
 
 def sample_text(
@@ -257,11 +350,11 @@ def _teacher_force(
     prompt: int,
     take: Callable[[int, Float32], None],
     progress: Progress | None,
-) -> tuple[int, int, float | None]:
-    """Feed the text, hand each prediction to `take`; the cache's bytes and elements and the steps a second."""
+) -> tuple[int, int, float]:
+    """Feed the text, hand each prediction to `take`; the cache's bytes and elements and the seconds of the steps."""
     sequence: TokenSequence = session.sequence()
     try:
-        take(0, _finite(session, sequence.feed(text[:prompt]), prompt))
+        take(0, finite(session, sequence.feed(text[:prompt]), prompt))
         if progress is not None:
             progress(prompt)
         seconds = 0.0
@@ -271,91 +364,42 @@ def _teacher_force(
             logits = sequence.feed(text[position : position + 1])
             seconds += time.perf_counter() - start
             if position + 1 < len(text):
-                take(position + 1 - prompt, _finite(session, logits, position + 1))
+                take(position + 1 - prompt, finite(session, logits, position + 1))
             if progress is not None:
                 progress(1)
-        speed = (len(text) - prompt) / seconds if seconds > 0 else None
-        return sequence.kv_bytes, sequence.kv_elements, speed
+        return sequence.kv_bytes, sequence.kv_elements, seconds
     finally:
         sequence.close()
 
 
-def _finite(session: DecoderSession, logits: Float32, position: int) -> Float32:
-    if np.isnan(logits).any():
-        raise ProviderError(f"the session with kv={session.kv} gave a logit that is not a number at token {position}")
-    return logits
-
-
-def _log_softmax(logits: Float32) -> Float64:
-    values = logits.astype(np.float64)
-    values -= values.max()
-    values -= np.log(np.exp(values).sum())
-    return values
-
-
-def _score(reference: Float32, logits: Float32, token: int) -> tuple[float, float, float, float, float]:
-    """NLL uncompressed, NLL, KLD, delta p, same top 1 at one position."""
-    log_p, log_q = _log_softmax(reference), _log_softmax(logits)
-    p = np.exp(log_p)
-    seen = p > 0  # 0 log 0 = 0
-    kld = float(np.sum(p[seen] * (log_p[seen] - log_q[seen])))
-    return (
-        -float(log_p[token]),
-        -float(log_q[token]),
-        max(0.0, kld),  # never negative but for rounding
-        float(np.exp(log_q[token]) - p[token]),
-        float(reference.argmax() == logits.argmax()),
-    )
-
-
-def _resampled_means(values: Float64) -> Float64:
-    """Means of `_RESAMPLES` circular block resamples of values (positions,)."""
-    count = len(values)
-    block = min(_BLOCK, count)
-    blocks = -(-count // block)
-    around = np.concatenate([[0.0], np.cumsum(np.concatenate([values, values[: block - 1]]))])
-    block_sums = around[block:] - around[:-block]
-    starts = np.random.default_rng(0).integers(0, count, (_RESAMPLES, blocks))
-    means: Float64 = block_sums[starts].sum(axis=1) / (blocks * block)
-    return means
-
-
-def _interval(means: Float64) -> Interval:
-    low, high = np.percentile(means, [2.5, 97.5])
-    return Interval(float(low), float(high))
-
-
-def _exp(nll: float) -> float:
-    """The perplexity of a mean NLL; infinite where it leaves float64."""
-    with np.errstate(over="ignore"):
-        return float(np.exp(nll))
-
-
-def _expm1(change: float) -> float:
-    with np.errstate(over="ignore"):
-        return float(np.expm1(change))
+def _speed(steps: int, seconds: float) -> float | None:
+    return steps / seconds if seconds > 0 else None
 
 
 def _summary(scores: Float64, context: int, kv_bytes: int, kv_elements: int, speed: float | None) -> Measures:
     nll_reference, nll, kld, delta_p, same = scores.T
     change = nll - nll_reference
-    # exp keeps order, so it may follow the percentile.
-    nll_range, change_range = _interval(_resampled_means(nll)), _interval(_resampled_means(change))
+    # exp and the square root keep order, so they may follow the percentile.
+    nll_range, change_range, squares = mean_interval(nll), mean_interval(change), mean_interval(delta_p**2)
     return Measures(
         positions=len(scores),
         context=context,
-        ppl=_exp(nll.mean()),
-        ppl_interval=Interval(_exp(nll_range.low), _exp(nll_range.high)),
-        delta_ppl_rel=_expm1(change.mean()),
-        delta_ppl_rel_interval=Interval(_expm1(change_range.low), _expm1(change_range.high)),
+        baseline_ppl=exp(nll_reference.mean()),
+        ppl=exp(nll.mean()),
+        ppl_interval=Interval(exp(nll_range.low), exp(nll_range.high)),
+        delta_ppl_rel=expm1(change.mean()),
+        delta_ppl_rel_interval=Interval(expm1(change_range.low), expm1(change_range.high)),
         kld_mean=float(kld.mean()),
-        kld_mean_interval=_interval(_resampled_means(kld)),
+        kld_mean_interval=mean_interval(kld),
         kld_median=float(np.median(kld)),
+        kld_median_interval=percentile_interval(kld, 50),
         kld_p99=float(np.percentile(kld, 99)),
+        kld_p99_interval=percentile_interval(kld, 99),
         kld_max=float(kld.max()),
         rms_delta_p=float(np.sqrt(np.mean(delta_p**2))),
+        rms_delta_p_interval=Interval(math.sqrt(max(0.0, squares.low)), math.sqrt(max(0.0, squares.high))),
         same_top1=float(same.mean()),
-        same_top1_interval=_interval(_resampled_means(same)),
+        same_top1_interval=mean_interval(same),
         kv_bytes=kv_bytes,
         kv_elements=kv_elements,
         tokens_per_s=speed,

@@ -8,7 +8,6 @@ have written it. `inferos.quality._documents` describes the tasks.
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,18 +15,21 @@ from importlib import resources
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from inferos.errors import ConfigError, ContextError
-from inferos.quality._documents import TASKS, Document, Filler, WordFiller, make
+from inferos.quality._documents import CORE_TASKS, TASKS, Document, Filler, WordFiller, make
+from inferos.quality._scoring import log_softmax
+from inferos.quality._statistics import Interval, wilson
 from inferos.runtime.protocols import DecoderSession, Ids
 
 __all__ = [
+    "CORE_TASKS",
     "Document",
     "Encoding",
     "Filler",
     "Prompt",
     "Recall",
+    "TASKS",
     "TextEncoder",
     "WordFiller",
     "default_filler",
@@ -40,7 +42,6 @@ __all__ = [
 # The tasks with one answer a document get this many times as many documents.
 _SINGLE_ANSWER = {"passkey": 3, "copy": 3}
 _FULL, _AIM, _ATTEMPTS = 0.96, 0.98, 8  # share of the length that is long enough, and to aim at
-_Z95 = 1.959963984540054
 
 
 class Encoding(Protocol):
@@ -100,6 +101,8 @@ class Recall:
         Each answer's outcome, in the order of the prompts: comparable between sessions answer by answer.
     by_task : dict of str to float
         The share within each task.
+    by_task_interval : dict of str to Interval
+        Wilson 95 % intervals of these shares.
     answer_nll : float
         Mean negative log-likelihood of an answer's token, nats.
     tokens : int
@@ -111,25 +114,9 @@ class Recall:
     high: float
     right: tuple[bool, ...]
     by_task: dict[str, float]
+    by_task_interval: dict[str, Interval]
     answer_nll: float
     tokens: int
-
-
-def wilson(right: int, total: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share (https://doi.org/10.1080/01621459.1927.10502953).
-
-    Raises
-    ------
-    ConfigError
-        If not 0 <= right <= total and total > 0.
-    """
-    if total <= 0 or not 0 <= right <= total:
-        raise ConfigError(f"wilson: {right} of {total}, expected 0 <= right <= total and total > 0")
-    share, z2 = right / total, _Z95**2
-    centre = (share + z2 / (2 * total)) / (1 + z2 / total)
-    half = _Z95 / (1 + z2 / total) * math.sqrt(share * (1 - share) / total + z2 / (4 * total**2))
-    # At the ends the interval touches 0 or 1 exactly; rounding must not push it past the share.
-    return (0.0 if right == 0 else centre - half), (1.0 if right == total else centre + half)
 
 
 def default_filler() -> Filler:
@@ -144,7 +131,7 @@ def prepare(
     words: Sequence[str],
     filler: Filler,
     first_token: int | None = None,
-    tasks: Sequence[str] = TASKS,
+    tasks: Sequence[str] = CORE_TASKS,
     documents: int = 2,
     questions: int = 8,
     seed: int = 0,
@@ -162,6 +149,7 @@ def prepare(
     first_token : int, optional
         Put in front of every document; the reference model needs its token 0 there.
     tasks : sequence of str
+        Of `TASKS`; those that the reference model answers, `CORE_TASKS`, unless given.
     documents : int, default 2
         Documents a task; tasks with one answer a document get three times as many.
     questions : int, default 8
@@ -262,6 +250,7 @@ def measure(
         high=high,
         right=tuple(right),
         by_task={task: sum(outcomes) / len(outcomes) for task, outcomes in by_task.items()},
+        by_task_interval={task: Interval(*wilson(sum(found), len(found))) for task, found in by_task.items()},
         answer_nll=sum(nll) / len(nll),
         tokens=longest,
     )
@@ -278,15 +267,9 @@ def _ask(session: DecoderSession, prompt: Prompt, nll: list[float]) -> list[bool
             token = int(prompt.ids[position])
             if position in wanted:
                 hits[position] = int(logits.argmax()) == token
-                nll.append(_nll(logits, token))
+                nll.append(-float(log_softmax(logits)[token]))
             if position + 1 < prompt.answers[-1][1]:
                 logits = sequence.feed(prompt.ids[position : position + 1])
     finally:
         sequence.close()
     return [all(hits[position] for position in range(first, end)) for first, end in prompt.answers]
-
-
-def _nll(logits: npt.NDArray[np.float32], token: int) -> float:
-    values = logits.astype(np.float64)
-    top = values.max()
-    return float(top + np.log(np.exp(values - top).sum()) - values[token])

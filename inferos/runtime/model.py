@@ -8,7 +8,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -115,8 +114,8 @@ def load(
         budget_bytes=budget,
         threads=threads,
         prefill_chunk=prefill_chunk,
-        thresholds=astuple(resolved.thresholds),
-        l2_format=resolved.l2_format,
+        thresholds=resolved.thresholds.as_tuple(),
+        l2_format="k8v4" if resolved.l2_format == "auto" else resolved.l2_format,
     )
     if rules.kv.layer_overrides:
         _log.warning("kv.layer_overrides is not in force yet: every layer is kept as kv=%s says", session.kv)

@@ -16,9 +16,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import inferos
-from inferos.cli import _options, _output, app, demo
+from inferos.cli import _options, _output, app, demo, evaluate
 from inferos.cli._report import Report
 from inferos.errors import BudgetError, ConfigError, ProviderError
+from inferos.quality import recall
 from inferos.runtime import reference
 
 ROOT = Path(inferos.__file__).parents[1]  # where the package under test lies, installed or not
@@ -165,6 +166,27 @@ def test_eval_writes_its_own_text_and_measures_without_the_baseline_row(tmp_path
     assert all(row["kld_mean"] is not None and row["recall_exact"] is not None for row in rows)
 
 
+def test_eval_offers_windows_greedy_decoding_and_every_recall_task(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("It was a long day and nobody said a word about the road. " * 60)
+    result = call(
+        "eval", "reference", "--text", tmp_path / "text.txt", "--threads", "1", "--context", "200", "--windows", "3",
+        "--greedy", "12", "--tasks", "multikey,tracking", "--kv", "off,int4", "--json", "-",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    measured = json.loads(result.stdout)["environment"]["measurement"]
+    details = measured["details"]["int4"]
+    assert (measured["windows"], details["quality"]["positions"], details["quality"]["context"]) == (3, 300, 200)
+    assert details["greedy"]["tokens"] == 12
+    assert len(details["greedy"]["positions"]) == 8
+    assert set(details["recall"]["by_task"]) == {"multikey", "tracking"}
+    assert "greedy" not in measured["details"]["off"]
+
+
+def test_evals_recall_tasks_are_those_of_the_generator() -> None:
+    assert evaluate._TASKS == recall.TASKS
+    assert evaluate._CORE_TASKS == recall.CORE_TASKS
+
+
 def test_a_rewritten_folder_is_measured_against_fp16(tmp_path: Path) -> None:
     written = call("rewrite", "reference", "--out", tmp_path / "model", "--json", "-")
     assert written.exit_code == 0, written.output
@@ -292,6 +314,10 @@ BAD_USAGE = {
     "context too long": (["demo", "--context", "4096"], "4096 is not within 128..2048"),
     "negative seed": (["eval", "reference", "--seed", "-1"], "-1 is not at least 0"),
     "unknown kv": (["run", "reference", "x", "--kv", "int3"], "'int3' is not one of off, f16, int8, k8v4, int4, auto"),
+    "unknown task": (["eval", "reference", "--tasks", "kv,riddle"], "'kv,riddle', expected some of kv"),
+    "tasks that are not asked": (["eval", "reference", "--tasks", "kv", "--no-recall"], "with --no-recall"),
+    "no windows": (["eval", "reference", "--windows", "0"], "0 is not within 1..10000"),
+    "greedy beyond the context": (["eval", "reference", "--greedy", "5000"], "5000 is not within 0.."),
     "unknown kv in a list": (["eval", "reference", "--kv", "int8,int3"], "'int3' is not one of"),
     "no kv in a list": (["eval", "reference", "--kv", ","], "names no format"),
     "bits of no format": (["run", "reference", "x", "--kv-k", "4", "--kv-v", "8"], "4/8 is not a format; known: 8/8"),

@@ -6,11 +6,13 @@ import contextlib
 import io
 import re
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 
 from inferos import errors, kernels
+from inferos.kv.scorers import SCORERS
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -35,7 +37,8 @@ def test_examples_run(document: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     examples = re.findall(r"^```python\n(.*?)^```$", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     assert examples
     namespace = {"__name__": "example"}
-    with contextlib.redirect_stdout(io.StringIO()):
+    # An example may register a scorer, which is no other test's.
+    with contextlib.redirect_stdout(io.StringIO()), mock.patch.dict(SCORERS):
         for example in examples:
             exec(compile(example, document.name, "exec"), namespace)  # noqa: S102 - our own text
 

@@ -9,8 +9,18 @@ import numpy.typing as npt
 import pytest
 
 from inferos.errors import ConfigError, ContextError, ProviderError, ShapeError
-from inferos.quality import measures
-from inferos.quality.measures import compare, evaluate, record, sample_text
+from inferos.quality import _statistics, measures
+from inferos.quality._statistics import mean_interval, percentile_interval
+from inferos.quality.measures import (
+    compare,
+    compare_all,
+    evaluate,
+    perplexity,
+    record,
+    record_all,
+    sample_text,
+    windows,
+)
 from inferos.runtime.protocols import Float32, Ids
 
 VOCAB = 17
@@ -182,7 +192,7 @@ def test_blocks_widen_the_interval_of_dependent_positions() -> None:
     dependent = np.repeat(independent[:64], 16)
     width = []
     for values in (independent, dependent):
-        interval = measures._interval(measures._resampled_means(values))
+        interval = mean_interval(values)
         width.append((interval.high - interval.low) / values.std())
     assert width[0] == pytest.approx(2 * 1.96 / 32, rel=0.2)  # the mean of 1024 independent values
     assert width[1] > 2.5 * width[0]
@@ -192,7 +202,7 @@ def test_the_bootstrap_covers_the_mean_about_95_times_in_100() -> None:
     rng = np.random.default_rng(4)
     covered = 0
     for _ in range(200):
-        interval = measures._interval(measures._resampled_means(rng.exponential(1.0, 320)))
+        interval = mean_interval(rng.exponential(1.0, 320))
         covered += interval.low <= 1.0 <= interval.high
     assert 172 <= covered <= 199
 
@@ -281,3 +291,62 @@ def test_sampling_refuses_what_does_not_fit(table: npt.NDArray[np.float32]) -> N
         sample_text(TableSession(table), 401)
     with pytest.raises(ConfigError, match=r"expected each in 0..16"):
         sample_text(TableSession(table), 10, first_token=VOCAB)
+
+
+def test_windows_score_every_token_once_with_enough_before_it(table: npt.NDArray[np.float32], text: Ids) -> None:
+    pieces = windows(text, 100, 40)
+    assert [piece.tolist() for piece in pieces] == [text[start : start + 100].tolist() for start in range(0, 201, 40)]
+    session = TableSession(table)
+    traces = record_all(session, pieces, prompt=60)
+    scored = np.concatenate([trace.ids[trace.prompt :] for trace in traces])
+    assert scored.tolist() == text[60:300].tolist()
+    assert [sequence.fed for sequence in session.sequences] == [[60] + [1] * 40] * 6
+
+
+def test_several_texts_are_one_sample(table: npt.NDArray[np.float32], text: Ids) -> None:
+    traces = record_all(TableSession(table), windows(text, 100, 40), prompt=60)
+    result = compare_all(traces, TableSession(table, noise=0.3))
+    alone = [compare(trace, TableSession(table, noise=0.3)) for trace in traces]
+    assert result.positions == 240
+    assert result.context == 100
+    assert result.kld_mean == pytest.approx(np.mean([one.kld_mean for one in alone]))
+    assert np.log(result.ppl) == pytest.approx(np.mean([np.log(one.ppl) for one in alone]))
+    assert result.baseline_ppl == pytest.approx(perplexity(traces))
+    assert result.delta_ppl == pytest.approx(result.ppl - result.baseline_ppl)
+    assert result.kld_max == max(one.kld_max for one in alone)
+
+
+def test_percentiles_and_root_mean_square_have_intervals_that_hold_them(
+    table: npt.NDArray[np.float32], text: Ids
+) -> None:
+    result = evaluate(TableSession(table), TableSession(table, noise=0.1), text, prompt=1)
+    for value, interval in (
+        (result.kld_median, result.kld_median_interval),
+        (result.kld_p99, result.kld_p99_interval),
+        (result.rms_delta_p, result.rms_delta_p_interval),
+    ):
+        assert interval.low <= value <= interval.high
+        assert interval.low < interval.high
+
+
+def test_a_percentiles_interval_is_that_of_resampled_blocks_however_many_fit_in_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    values = np.random.default_rng(6).exponential(1.0, 500)
+    whole = percentile_interval(values, 50)
+    monkeypatch.setattr(_statistics, "_AT_ONCE", 1)
+    assert percentile_interval(values, 50) == whole
+    assert whole.low < np.log(2) < whole.high
+
+
+def test_windows_that_do_not_fit_are_refused(table: npt.NDArray[np.float32], text: Ids) -> None:
+    with pytest.raises(ConfigError, match=r"stride is 100, expected 1..99"):
+        windows(text, 100, 100)
+    with pytest.raises(ConfigError, match="a text of 300 tokens, expected at least one window of 301"):
+        windows(text, 301, 10)
+    with pytest.raises(ConfigError, match="0 texts"):
+        record_all(TableSession(table), [])
+    with pytest.raises(ConfigError, match="0 traces"):
+        compare_all([], TableSession(table))
+    with pytest.raises(ShapeError, match="texts of 300 and 200 tokens"):
+        record_all(TableSession(table), [text, text[:200]])

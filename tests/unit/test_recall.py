@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +29,10 @@ def encoder() -> tokenizers.Tokenizer:
 
 @pytest.fixture(scope="module")
 def prompts(encoder: tokenizers.Tokenizer) -> list[Prompt]:
-    return prepare(encoder, tokens=256, words=WORDS, filler=default_filler(), first_token=0, documents=1, questions=4)
+    filler = default_filler()
+    return prepare(
+        encoder, tokens=256, words=WORDS, filler=filler, first_token=0, tasks=TASKS, documents=1, questions=4
+    )
 
 
 Answer = Callable[[Prompt, int], int]
@@ -154,9 +158,36 @@ def test_a_key_in_a_list_has_one_value_and_the_question_names_the_key(seed: int)
         assert document.text[: document.questions].count(asked) == 1
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_each_word_of_a_multikeys_key_belongs_to_other_keys_too(seed: int) -> None:
+    document = make("multikey", random.Random(seed), 600, default_filler(), WORDS, 6)
+    context, drawn = document.text[: document.questions], set(WORDS)
+    for start, end in document.answers:
+        asked = document.text[max(document.questions, start - 60) : start]
+        one, other = [word for word in re.findall(r"\w+", asked) if word in drawn][-2:]
+        value = document.text[start:end].strip()
+        assert re.search(rf"\b{one} {other}\b\W[^\n]*{value}", context)
+        assert len(re.findall(rf"\b{one} \w+", context)) > 1
+        assert len(re.findall(rf"\w+ {other}\b", context)) > 1
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_following_a_tracked_name_leads_to_the_answer(seed: int) -> None:
+    document = make("tracking", random.Random(seed), 500, default_filler(), WORDS, 6)
+    context = document.text[: document.questions]
+    set_to = dict(re.findall(r"(?: |Set |let )(\w+) (?:=|to|be) (\w+)", context))
+    for start, end in document.answers:
+        name = re.findall(r"(?:show|Now|value of) (\w+)(?::| is)$", document.text[:start])[0]
+        hops = 0
+        while name in set_to:
+            name, hops = set_to[name], hops + 1
+        assert name == document.text[start:end].strip()
+        assert hops >= 2  # the value never stands beside the name that is asked for
+
+
 @pytest.mark.parametrize("tokens", [512, 1024, 2048])
 def test_documents_fill_the_length_and_never_exceed_it(encoder: tokenizers.Tokenizer, tokens: int) -> None:
-    made = prepare(encoder, tokens=tokens, words=WORDS, filler=default_filler(), first_token=0, seed=3)
+    made = prepare(encoder, tokens=tokens, words=WORDS, filler=default_filler(), first_token=0, tasks=TASKS, seed=3)
     lengths = [len(prompt.ids) for prompt in made]
     assert max(lengths) <= tokens
     assert min(lengths) >= 0.85 * tokens
