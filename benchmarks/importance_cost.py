@@ -2,8 +2,8 @@
 
     python benchmarks/importance_cost.py [--json FILE]
 
-One layer, decode attention through the public API, one thread, CPU time; the two take turns of 64 tokens, which is one review, eight
-samples of the attention mass and what a review demotes. The plain cache is `int8`, its blocks demoted by hand to the formats the
+One layer, decode attention through the public API, one thread, CPU time; the two take turns of 64 tokens: one review, eight
+samples of the mass and what a review demotes. The plain cache is `int8`, its blocks demoted by hand to the formats the
 automatic one has decided on, so both read the same bytes. `--chunk` compares a prefill chunk instead.
 """
 
@@ -14,7 +14,6 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,9 @@ COLD_BYTES = 64 << 20
 class Sequences:
     """The two caches, grown in the same steps."""
 
-    def __init__(self, shape: tuple[int, int, int], context: int, thresholds: tuple[float, float, float], l2_format: str) -> None:
+    def __init__(
+        self, shape: tuple[int, int, int], context: int, thresholds: tuple[float, float, float], l2_format: str
+    ) -> None:
         heads, kv_heads, head_dim = shape
         rng = np.random.default_rng(0)
         self.rows = rng.standard_normal((FILL, kv_heads, head_dim), dtype=np.float32)
@@ -64,8 +65,8 @@ class Sequences:
                 self.plain.demote(0, head, int(block), KV_FORMATS[held[block]])
 
 
-def turns(sequences: Sequences, rounds: int, turn: Callable[[KVCache], None]) -> dict[str, list[float]]:
-    """CPU seconds of each turn, by cache; who is first changes."""
+def turns(sequences: Sequences, rounds: int, chunk: int) -> dict[str, list[float]]:
+    """CPU seconds of each turn, a prefill chunk or 64 decoded tokens, by cache; who is first changes."""
     other = ReadBuffer(COLD_BYTES)
     times: dict[str, list[float]] = {"auto": [], "plain": []}
     for number in range(rounds):
@@ -73,7 +74,8 @@ def turns(sequences: Sequences, rounds: int, turn: Callable[[KVCache], None]) ->
         for name, cache in order[:: 1 if number % 2 else -1]:
             other.read(0, other.size)
             begin = time.process_time()
-            turn(cache)
+            for tokens in [chunk] if chunk else [1] * TURN:
+                sequences.step(cache, tokens)
             times[name].append(time.process_time() - begin)
         sequences.match()
     return times
@@ -87,14 +89,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     rows = []
     for thresholds, l2_format in (((1.0, 0.0, 0.0), "k8v4"), ((1.0, 0.7, 0.3), "k8v4"), ((1.0, 0.7, 0.3), "int4")):
         sequences = Sequences((heads, kv_heads, head_dim), arguments.context, thresholds, l2_format)
-        if arguments.chunk:
-            def turn(cache: KVCache) -> None:
-                sequences.step(cache, arguments.chunk)
-        else:
-            def turn(cache: KVCache) -> None:
-                for _ in range(TURN):
-                    sequences.step(cache, 1)
-        times = turns(sequences, arguments.rounds, turn)
+        times = turns(sequences, arguments.rounds, arguments.chunk)
         best = {name: min(seconds) for name, seconds in times.items()}
         pairs = [a / p - 1 for a, p in zip(times["auto"], times["plain"], strict=True)]
         rows.append(
@@ -122,7 +117,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="32/8/128", metavar="H/KV/D")
     parser.add_argument("--context", type=int, default=32768, metavar="TOKENS")
-    parser.add_argument("--chunk", type=int, default=0, metavar="TOKENS", help="time a prefill chunk of this many tokens, at most 512; 0 = decode")
+    parser.add_argument(
+        "--chunk",
+        type=int,
+        default=0,
+        metavar="TOKENS",
+        help="time a prefill chunk, at most 512; 0 = decode",
+    )
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, metavar="FILE", help="- = stdout")

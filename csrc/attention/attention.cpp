@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "attention/key_check.hpp"
 #include "attention/plan.hpp"
 #include "core/checked.hpp"
 
@@ -88,7 +89,10 @@ void run(std::span<const Row> rows, const Params& params, Executor& executor) {
   if (mass) add_prefill_mass(prefill, shape, executor);
   for (const std::vector<RowPlan>& plans : {std::cref(decode), std::cref(prefill)}) {
     for (const RowPlan& row : plans) {
-      if (row.scored != nullptr) row.scored->mass_folded(params.layer);
+      if (row.scored == nullptr) continue;
+      row.scored->mass_folded(params.layer);
+      if (!row.scored->wants_key_check(params.layer)) continue;
+      if (const auto moved = int4_divergence(row, shape)) row.scored->keys_checked(params.layer, *moved);
     }
   }
 }

@@ -4,9 +4,11 @@
 #include <cmath>
 #include <cstring>
 #include <iterator>
+#include <limits>
 #include <numeric>
 #include <utility>
 
+#include "core/fp16.hpp"
 #include "kernels/codec.hpp"
 #include "kernels/importance.hpp"
 #include "kernels/quantize.hpp"
@@ -36,8 +38,8 @@ void prefetch_average(const ScoreRecord& record) noexcept {
 
 }  // namespace
 
-LayerScores::LayerScores(const LayerShape& shape, double gamma, bool wanted)
-    : heads_(shape.kv_heads), head_dim_(shape.head_dim), gamma_(gamma), wanted_(wanted) {}
+LayerScores::LayerScores(const LayerShape& shape, double gamma, bool wanted, bool external)
+    : heads_(shape.kv_heads), head_dim_(shape.head_dim), gamma_(gamma), wanted_(wanted), is_external_(external) {}
 
 std::vector<ScoreRecord> LayerScores::reserve(Arena& arena, std::size_t fresh) {
   std::vector<ScoreRecord> taken;
@@ -45,10 +47,12 @@ std::vector<ScoreRecord> LayerScores::reserve(Arena& arena, std::size_t fresh) {
   for (std::size_t i = 0; i < fresh * heads_; ++i) taken.emplace_back(arena);
   make_room(records_, taken.size());
   make_room(weights_, fresh);
+  if (is_external_) make_room(external_, taken.size());
   return taken;
 }
 
 void LayerScores::place(std::vector<ScoreRecord>& fresh) noexcept {
+  if (is_external_) external_.resize(external_.size() + fresh.size(), std::numeric_limits<double>::quiet_NaN());
   for (ScoreRecord& record : fresh) {
     std::memset(record.average(), 0, ScoreRecord::kBytes);
     records_.push_back(std::move(record));
@@ -73,22 +77,25 @@ void LayerScores::truncate(const Grid& grid) noexcept {
   const std::size_t held = std::min(grid.size() - first_, blocks());
   records_.resize(held * heads_);
   weights_.resize(held);
+  if (is_external_) external_.resize(held * heads_);
   if (held == 0 || grid[first_ + held - 1].finished()) return;
   // The last block takes tokens again: what was measured before is not about them.
   weights_.back() = 0.0;
   for (std::size_t h = 0; h < heads_; ++h) {
     std::memset(records_[at(h, first_ + held - 1)].average(), 0, kBlockTokens * sizeof(std::uint16_t));
+    if (is_external_) external_[at(h, first_ + held - 1)] = std::numeric_limits<double>::quiet_NaN();
   }
 }
 
 void LayerScores::forget_before(std::size_t first) noexcept {
   drop_front(records_, (first - first_) * heads_);
+  if (is_external_) drop_front(external_, (first - first_) * heads_);
   drop_front(weights_, first - first_);
   first_ = first;
 }
 
 LayerScores LayerScores::fork(Arena& arena) const {
-  LayerScores copy({heads_, head_dim_, -1}, gamma_, wanted_);
+  LayerScores copy({heads_, head_dim_, -1}, gamma_, wanted_, is_external_);
   copy.first_ = first_;
   copy.folded_at_ = folded_at_;
   copy.keep_ = keep_;
@@ -98,6 +105,7 @@ LayerScores LayerScores::fork(Arena& arena) const {
     if (record) std::memcpy(copy.records_.back().average(), record.average(), ScoreRecord::kBytes);
   }
   copy.weights_ = weights_;
+  copy.external_ = external_;
   return copy;
 }
 
@@ -143,13 +151,34 @@ void LayerScores::folded(const Grid& grid, std::int64_t visible) noexcept {
 }
 
 double LayerScores::score(const Grid& grid, std::size_t head, std::size_t index) const noexcept {
-  if (!is_measured(head, index)) return -1.0;
+  constexpr double kUnknown = std::numeric_limits<double>::quiet_NaN();
+  if (is_external_) {
+    const bool held = index >= first_ && index - first_ < blocks() && bool{records_[at(head, index)]};
+    return held ? external_[at(head, index)] : kUnknown;
+  }
+  if (!is_measured(head, index)) return kUnknown;
   const ScoreRecord& record = records_[at(head, index)];
   const std::size_t tokens = grid[index].tokens;
   const std::size_t heaviest = std::min(kernels::kHeaviest, tokens);
   const double sum = kernels::importance().heaviest(record.average(), record.norm(), tokens);
   // The average starts at 0: dividing by its weights' sum gives young blocks their due.
   return sum / static_cast<double>(heaviest) / weights_[index - first_] / static_cast<double>(kMassUnit);
+}
+
+void LayerScores::set_external(std::span<const double> scores, std::size_t grid_size) {
+  for (std::size_t i = 0; i < records_.size(); ++i) {
+    external_[i] = scores[i % heads_ * grid_size + first_ + i / heads_];
+  }
+}
+
+float LayerScores::token_mass(std::size_t head, std::size_t index, std::size_t token) const noexcept {
+  if (!is_measured(head, index)) return std::numeric_limits<float>::quiet_NaN();
+  const double average = f16_to_f32(records_[at(head, index)].average()[token]);
+  return static_cast<float>(average / weights_[index - first_] / static_cast<double>(kMassUnit));
+}
+
+float LayerScores::token_norm(std::size_t head, std::size_t index, std::size_t token) const noexcept {
+  return f16_to_f32(records_[at(head, index)].norm()[token]);
 }
 
 double LayerScores::mass(const Grid& grid, std::size_t head, std::size_t index) const noexcept {

@@ -50,7 +50,8 @@ class ScoreRecord {
 class LayerScores {
  public:
   // `gamma`: decay of an average, per token, 0 < gamma < 1. `wanted`: whether anything follows from the scores; else none are measured.
-  LayerScores(const LayerShape& shape, double gamma, bool wanted);
+  // `external`: the scores are those of set_external.
+  LayerScores(const LayerShape& shape, double gamma, bool wanted, bool external);
 
   // Records for `fresh` new grid entries, by grid index, then head. Error{kBudget}.
   std::vector<ScoreRecord> reserve(Arena& arena, std::size_t fresh);
@@ -69,8 +70,18 @@ class LayerScores {
   void fold(const Grid& grid, std::size_t head, std::span<const float> mass) const noexcept;  // mass: [visible]
   void folded(const Grid& grid, std::int64_t visible) noexcept;                               // all heads are
 
-  double score(const Grid& grid, std::size_t head,
-               std::size_t index) const noexcept;  // < 0 where nothing was measured yet, or the block was evicted
+  // From the next step on.
+  void set_gamma(double gamma) noexcept { gamma_ = gamma; }
+  void set_wanted(bool wanted) noexcept { wanted_ = wanted; }
+  // What the blocks are worth in somebody else's eyes, [kv_heads][grid size]; NaN = unknown, as a block is that comes later. Takes the
+  // place of the score from now on.
+  void set_external(std::span<const double> scores, std::size_t grid_size);
+
+  // NaN where nothing is known yet, or the block was evicted.
+  double score(const Grid& grid, std::size_t head, std::size_t index) const noexcept;
+  // Of a token of the block: its averaged probability (NaN where that was not measured yet) and the norm of its value. The block is held.
+  float token_mass(std::size_t head, std::size_t index, std::size_t token) const noexcept;
+  float token_norm(std::size_t head, std::size_t index, std::size_t token) const noexcept;
   // The averaged share of the attention that a block receives, 0..1; < 0 where nothing was measured yet.
   double mass(const Grid& grid, std::size_t head, std::size_t index) const noexcept;
   void evicted(std::size_t head, std::size_t index) noexcept {
@@ -95,7 +106,9 @@ class LayerScores {
   std::int64_t folded_at_ = 0;        // visible tokens at the last sample
   double keep_ = 0.0;                 // what the last sample left of the averages
   std::vector<ScoreRecord> records_;  // at(head, index)
-  std::vector<double> weights_;       // per block: what the average's weights sum to, 0 before the first sample
+  bool is_external_;
+  std::vector<double> external_;  // at(head, index), where they are
+  std::vector<double> weights_;   // per block: what the average's weights sum to, 0 before the first sample
 };
 
 }  // namespace inferos::kv

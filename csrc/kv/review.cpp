@@ -78,8 +78,10 @@ std::span<LayerReview::Ranked> LayerReview::rank(const Grid& grid, const LayerSt
       continue;
     }
     const double worth = scores_[at(head, index)];
-    const Format format = std::max(store.format(head, index), verdicts_[at(head, index)].held);
-    ranking_.push_back({worth, index, level_of(format), format, worth >= 0.0});
+    const Format waiting = std::min(verdicts_[at(head, index)].held, narrowest_);
+    const Format format = std::max(store.format(head, index), waiting);
+    const bool measured = !std::isnan(worth);
+    ranking_.push_back({measured ? worth : 0.0, index, level_of(format), format, measured});
   }
   const auto place = [](const Ranked& block) { return block.level == Level::kL3 ? 0 : block.measured ? 1 : 2; };
   std::sort(ranking_.begin(), ranking_.end(), [&](const Ranked& a, const Ranked& b) {
@@ -103,6 +105,13 @@ void LayerReview::demote_lowest(Level level, double share) noexcept {
   }
 }
 
+// Verdicts that are not carried out yet.
+void LayerReview::drop_waiting(const LayerStore& store, std::size_t head) noexcept {
+  for (std::size_t index = first_; index < first_ + verdicts_.size() / heads_; ++index) {
+    if (store.holds(head, index)) verdicts_[at(head, index)].held = store.format(head, index);
+  }
+}
+
 bool LayerReview::is_due(std::int64_t length) const noexcept {
   return narrowest_ != Format::kF16 && (length + phase_) / kReviewInterval != (reviewed_at_ + phase_) / kReviewInterval;
 }
@@ -113,6 +122,7 @@ void LayerReview::review(const Grid& grid, const LayerStore& store, const LayerS
   reviewed_at_ = length;
   measure(grid, scores);
   for (std::size_t head = 0; head < heads_; ++head) {
+    if (changed_) drop_waiting(store, head);
     rank(grid, store, head);
     demote_lowest(Level::kL2, 1.0 - thresholds_.l2);
     demote_lowest(Level::kL1, 1.0 - thresholds_.l1);
@@ -127,6 +137,7 @@ void LayerReview::review(const Grid& grid, const LayerStore& store, const LayerS
     }
   }
   cursor_ = {0, first_};
+  changed_ = false;
 }
 
 std::vector<Demotion> LayerReview::next_demotions(const LayerStore& store, std::int64_t length) {
@@ -138,7 +149,7 @@ std::vector<Demotion> LayerReview::next_demotions(const LayerStore& store, std::
     const std::size_t head = next_cursor_.head;
     for (std::size_t& index = next_cursor_.index; (index = std::max(index, first_)) < end; ++index) {
       if (next.size() == kDemotionsPerStep) return next;
-      const Format held = verdicts_[at(head, index)].held;
+      const Format held = std::min(verdicts_[at(head, index)].held, narrowest_);
       if (store.holds(head, index) && held > store.format(head, index)) next.push_back({head, index, held, nullptr});
     }
   }
