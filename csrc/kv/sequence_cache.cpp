@@ -80,7 +80,8 @@ struct Step {
 };
 
 Level max_level(const CacheOptions& options, std::size_t layer) noexcept {
-  return options.policy->max_levels.empty() ? Level::kL3 : options.policy->max_levels[layer];
+  const std::optional<Policy>& policy = options.policy;
+  return policy && !policy->max_levels.empty() ? policy->max_levels[layer] : Level::kL3;
 }
 
 // What a block of this layer may become at most. `bears_int4`: whether its keys do.
@@ -224,6 +225,7 @@ struct SequenceCache::State {
       }
       if (!relief) {
         std::vector<Relief::Layer> all;
+        all.reserve(layers.size());
         for (std::size_t i = 0; i < layers.size(); ++i) all.push_back({layers[i], grid(i), scores[i], reviews[i]});
         relief.emplace(*arena, std::move(all), spare, options.policy->eviction, options.policy->overflow,
                        [this, tokens] { return need(tokens); });
