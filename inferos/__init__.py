@@ -21,8 +21,11 @@ if _typing.TYPE_CHECKING:
     from inferos.kv import Arena, KVCache, LayerSpec, get_num_threads, kernels, set_num_threads
     from inferos.kv.engine import KVQuantizationEngine, QuantizationLevel
     from inferos.kv.importance import ImportanceCalculator
+    from inferos.quality.measurement import QualityMeasurement
     from inferos.quality.monitor import QualityMonitor
+    from inferos.quality.scheduler import QualityScheduler
     from inferos.runtime.generate import Generation, Token
+    from inferos.runtime.metrics import FTLMeasurement, MetricsCalculator
     from inferos.runtime.model import Conversation, Model, load
     from inferos.runtime.register import register
     from inferos.runtime.rewrite import rewrite
@@ -33,15 +36,19 @@ if _typing.TYPE_CHECKING:
 __all__ = [
     "Arena",
     "Conversation",
+    "FTLMeasurement",
     "Generation",
     "ImportanceCalculator",
     "InferosError",
     "KVCache",
     "KVQuantizationEngine",
     "LayerSpec",
+    "MetricsCalculator",
     "Model",
     "Policy",
+    "QualityMeasurement",
     "QualityMonitor",
+    "QualityScheduler",
     "QuantizationLevel",
     "SamplingOptions",
     "Token",
@@ -58,14 +65,18 @@ __all__ = [
 _HOMES = {
     "Arena": "inferos.kv",
     "Conversation": "inferos.runtime.model",
+    "FTLMeasurement": "inferos.runtime.metrics",
     "Generation": "inferos.runtime.generate",
     "ImportanceCalculator": "inferos.kv.importance",
     "KVCache": "inferos.kv",
     "KVQuantizationEngine": "inferos.kv.engine",
     "LayerSpec": "inferos.kv",
+    "MetricsCalculator": "inferos.runtime.metrics",
     "Model": "inferos.runtime.model",
     "Policy": "inferos.config",
+    "QualityMeasurement": "inferos.quality.measurement",
     "QualityMonitor": "inferos.quality.monitor",
+    "QualityScheduler": "inferos.quality.scheduler",
     "QuantizationLevel": "inferos.kv.engine",
     "SamplingOptions": "inferos.runtime.sampler",
     "Token": "inferos.runtime.generate",

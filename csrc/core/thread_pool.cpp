@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <charconv>
+#include <chrono>
 #include <condition_variable>
 #include <cstdlib>
 #include <cstring>
@@ -30,7 +31,11 @@
 namespace inferos {
 namespace {
 
+using Clock = std::chrono::steady_clock;
+
 constexpr std::size_t kLooks = 500;  // of the caller at the end of its call: about 20 us
+// Between two calls this close, putting a worker to sleep and waking it costs both sides more than its looking for the second.
+constexpr auto kSoon = std::chrono::microseconds{40};
 
 void pause() noexcept {
 #if defined(INFEROS_X86)
@@ -96,14 +101,18 @@ std::int64_t threads_at_start() {
 // The workers of one process and the call they work on. Never freed: a worker may wake up at any time.
 struct ThreadPool::Crew {
   const std::int64_t process = process_id();
+  const std::size_t own_cores = static_cast<std::size_t>(cores());
   std::atomic<bool> taken{false};  // by a call; what has no lock below is the holder's
   std::size_t workers = 0;         // started
+  Clock::time_point ended;         // the last call
 
   std::mutex mutex;
-  std::condition_variable call;        // to the workers: there are seats
-  std::condition_variable left;        // to the caller: nobody is inside
-  std::size_t seats = 0;               // workers that may still join
+  std::condition_variable call;  // to the workers: there are seats
+  std::condition_variable left;  // to the caller: nobody is inside
+  bool brisk = false;            // whether the last two calls were less than kSoon apart, with a core for each thread
   std::atomic<std::size_t> inside{0};  // workers that have joined; written under the lock
+
+  alignas(64) std::atomic<std::size_t> seats{0};  // workers that may still join; written under the lock
 
   // The tasks. They change only while nobody is inside and no seat is free.
   void (*fn)(void*, std::size_t) = nullptr;
@@ -126,6 +135,12 @@ struct ThreadPool::Crew {
   void serve() noexcept {
     std::unique_lock lock(mutex);
     for (;;) {
+      if (brisk && seats == 0) {
+        lock.unlock();
+        const auto until = Clock::now() + kSoon;
+        while (seats.load(std::memory_order_relaxed) == 0 && Clock::now() < until) pause();
+        lock.lock();
+      }
       call.wait(lock, [this] { return seats > 0; });
       const std::size_t free_seats = --seats;
       ++inside;
@@ -151,7 +166,9 @@ struct ThreadPool::Crew {
     start(helpers);
     next.store(0, std::memory_order_relaxed);
     {
+      const bool soon = helpers < own_cores && Clock::now() - ended < kSoon;
       const std::scoped_lock lock(mutex);
+      brisk = soon;
       seats = std::min(helpers, workers);
     }
     rouse(std::min(helpers, workers));
@@ -162,8 +179,11 @@ struct ThreadPool::Crew {
     }
     // The workers' last tasks end about when the caller's do, sooner than a sleeper wakes up.
     for (std::size_t i = 0; i < kLooks && inside.load(std::memory_order_acquire) != 0; ++i) pause();
-    std::unique_lock lock(mutex);
-    left.wait(lock, [this] { return inside.load(std::memory_order_relaxed) == 0; });
+    if (inside.load(std::memory_order_acquire) != 0) {
+      std::unique_lock lock(mutex);
+      left.wait(lock, [this] { return inside.load(std::memory_order_relaxed) == 0; });
+    }
+    ended = Clock::now();
   }
 };
 

@@ -22,16 +22,17 @@ scored once with at least `window - stride` tokens before it, which makes the PP
 from __future__ import annotations
 
 import math
+import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from inferos.errors import ConfigError, ContextError, ShapeError
-from inferos.quality._scoring import exp, expm1, finite, log_softmax, score
+from inferos.quality._scoring import Position, exp, expm1, finite, log_softmax, score
 from inferos.quality._statistics import Interval, mean_interval, percentile_interval
 from inferos.runtime.protocols import DecoderSession, Float32, Ids, TokenSequence
 from inferos.runtime.sampler import Sampler, SamplingOptions
@@ -39,10 +40,13 @@ from inferos.runtime.sampler import Sampler, SamplingOptions
 __all__ = [
     "Interval",
     "Measures",
+    "Position",
     "Trace",
+    "Watch",
     "compare",
     "compare_all",
     "evaluate",
+    "evaluate_all",
     "perplexity",
     "record",
     "record_all",
@@ -54,6 +58,10 @@ Float64 = npt.NDArray[np.float64]
 Progress = Callable[[int], None]
 
 _IN_MEMORY = 256 * 2**20  # bytes of logits kept in memory; more go to a temporary file
+
+
+Watch = Callable[[int, Position, TokenSequence], None]
+"""Called after a prediction is scored, with the tokens then in the cache, the scores and the sequence itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +178,25 @@ def windows(ids: Ids, window: int, stride: int) -> list[Ids]:
 
 def evaluate(reference: DecoderSession, session: DecoderSession, ids: Ids, *, prompt: int | None = None) -> Measures:
     """Both sessions over one text; see `record` and `compare`."""
-    return compare(record(reference, ids, prompt=prompt), session)
+    return evaluate_all(reference, session, [ids], prompt=prompt)
+
+
+def evaluate_all(
+    reference: DecoderSession,
+    session: DecoderSession,
+    texts: Sequence[Ids],
+    *,
+    prompt: int | None = None,
+    progress: Progress | None = None,
+) -> Measures:
+    """Both sessions over texts of one length, text by text, so that one text's logits are held at a time.
+
+    As `record_all` and `compare_all`, for sessions that may be open together.
+    """
+    first = _prompt_of(reference, texts, prompt)
+    rows, vocab = len(texts[0]) - first, reference.vocab_size
+    traces = (_record_one(reference, text, first, _room(rows, vocab), progress) for text in texts)
+    return _pooled(session, traces, progress)
 
 
 def record(session: DecoderSession, ids: Ids, *, prompt: int | None = None, progress: Progress | None = None) -> Trace:
@@ -198,10 +224,21 @@ def record_all(
     ShapeError
         If a text is not one-dimensional int64 with an id of the vocabulary each, or the lengths differ.
     ConfigError
-        If there is no text, or the prompt leaves nothing to score.
+        If there is no text, the prompt leaves nothing to score, or the logits find no room.
     ContextError
         If a text is longer than the model's context.
     """
+    first = _prompt_of(session, texts, prompt)
+    rows = len(texts[0]) - first
+    room = _room(len(texts) * rows, session.vocab_size)
+    return [
+        _record_one(session, text, first, room[number * rows : (number + 1) * rows], progress)
+        for number, text in enumerate(texts)
+    ]
+
+
+def _prompt_of(session: DecoderSession, texts: Sequence[Ids], prompt: int | None) -> int:
+    """Tokens fed as one prompt, once the texts are known to fit the session and each other."""
     if not texts:
         raise ConfigError("record: 0 texts, expected at least one")
     length = len(_checked(session, texts[0]))
@@ -211,18 +248,15 @@ def record_all(
     first = max(1, length // 2) if prompt is None else prompt
     if not 1 <= first < length:
         raise ConfigError(f"record: prompt is {first}, expected 1..{length - 1} for a text of {length} tokens")
-    rows = length - first
-    room = _room(len(texts) * rows, session.vocab_size)
-    traces = []
-    for number, text in enumerate(texts):
-        logits = room[number * rows : (number + 1) * rows]
+    return first
 
-        def keep(row: int, values: Float32, logits: Float32 = logits) -> None:
-            logits[row] = values
 
-        kv_bytes, kv_elements, seconds = _teacher_force(session, text, first, keep, progress)
-        traces.append(Trace(text, first, logits, kv_bytes, kv_elements, _speed(rows, seconds)))
-    return traces
+def _record_one(session: DecoderSession, text: Ids, first: int, logits: Float32, progress: Progress | None) -> Trace:
+    def keep(row: int, values: Float32, _: TokenSequence) -> None:
+        logits[row] = values
+
+    kv_bytes, kv_elements, seconds = _teacher_force(session, text, first, keep, progress)
+    return Trace(text, first, logits, kv_bytes, kv_elements, _speed(len(logits), seconds))
 
 
 def perplexity(traces: Sequence[Trace]) -> float:
@@ -231,13 +265,26 @@ def perplexity(traces: Sequence[Trace]) -> float:
     return exp(sum(nll) / len(nll))
 
 
-def compare(trace: Trace, session: DecoderSession, *, progress: Progress | None = None) -> Measures:
+def compare(
+    trace: Trace, session: DecoderSession, *, progress: Progress | None = None, watch: Watch | None = None
+) -> Measures:
     """Run a session over the trace's text and measure how far its predictions are from the trace's."""
-    return compare_all([trace], session, progress=progress)
+    return compare_all([trace], session, progress=progress, watch=watch)
 
 
-def compare_all(traces: Sequence[Trace], session: DecoderSession, *, progress: Progress | None = None) -> Measures:
+def compare_all(
+    traces: Sequence[Trace], session: DecoderSession, *, progress: Progress | None = None, watch: Watch | None = None
+) -> Measures:
     """Run a session over the traces' texts and measure how far its predictions are from theirs, all as one sample.
+
+    Parameters
+    ----------
+    traces : sequence of Trace
+    session : DecoderSession
+    progress : callable, optional
+        Called with the number of tokens just run.
+    watch : callable, optional
+        Called for every scored position; it may read the sequence but not feed it.
 
     Raises
     ------
@@ -252,26 +299,37 @@ def compare_all(traces: Sequence[Trace], session: DecoderSession, *, progress: P
     """
     if not traces:
         raise ConfigError("compare: 0 traces, expected at least one")
+    return _pooled(session, traces, progress, watch)
+
+
+def _pooled(
+    session: DecoderSession, traces: Iterable[Trace], progress: Progress | None, watch: Watch | None = None
+) -> Measures:
     parts: list[Float64] = []
-    held, total_seconds = (0, 0), 0.0
+    context, held, total_seconds = 0, (0, 0), 0.0
     for trace in traces:
-        scores, kv_bytes, kv_elements, seconds = _compare_one(trace, session, progress)
+        scores, kv_bytes, kv_elements, seconds = _compare_one(trace, session, progress, watch)
         parts.append(scores)
-        held = (kv_bytes, kv_elements)
+        context, held = len(trace.ids), (kv_bytes, kv_elements)
         total_seconds += seconds
     every = np.concatenate(parts)
-    return _summary(every, len(traces[-1].ids), *held, _speed(len(every), total_seconds))
+    return _summary(every, context, *held, _speed(len(every), total_seconds))
 
 
-def _compare_one(trace: Trace, session: DecoderSession, progress: Progress | None) -> tuple[Float64, int, int, float]:
+def _compare_one(
+    trace: Trace, session: DecoderSession, progress: Progress | None, watch: Watch | None
+) -> tuple[Float64, int, int, float]:
     """Scores (positions, 5) over one text, the cache's bytes and elements, the seconds of the steps."""
     text = _checked(session, trace.ids)
     if session.vocab_size != trace.logits.shape[1]:
         raise ShapeError(f"compare: the session has {session.vocab_size} tokens, the trace {trace.logits.shape[1]}")
     scores = np.empty((len(text) - trace.prompt, 5))
 
-    def take(row: int, values: Float32) -> None:
-        scores[row] = score(trace.logits[row], values, int(text[trace.prompt + row]))
+    def take(row: int, values: Float32, sequence: TokenSequence) -> None:
+        scored = score(trace.logits[row], values, int(text[trace.prompt + row]))
+        scores[row] = scored
+        if watch is not None:
+            watch(trace.prompt + row, scored, sequence)
 
     return scores, *_teacher_force(session, text, trace.prompt, take, progress)
 
@@ -337,8 +395,13 @@ def _checked(session: DecoderSession, ids: Ids) -> Ids:
 
 
 def _room(rows: int, vocab_size: int) -> Float32:
-    if rows * vocab_size * 4 <= _IN_MEMORY:
+    needed = rows * vocab_size * 4
+    if needed <= _IN_MEMORY:
         return np.empty((rows, vocab_size), np.float32)
+    # A mapped file that outgrows its disk would end the process, not raise.
+    free = shutil.disk_usage(tempfile.gettempdir()).free
+    if needed > free:
+        raise ConfigError(f"record: {needed} bytes of logits, {free} are free for temporary files; score fewer tokens")
     # The file has no name (or goes with its handle), so nothing is left behind however the process ends.
     with tempfile.TemporaryFile(prefix="inferos-trace-") as file:
         return np.memmap(file, np.float32, "w+", shape=(rows, vocab_size))
@@ -348,13 +411,13 @@ def _teacher_force(
     session: DecoderSession,
     text: Ids,
     prompt: int,
-    take: Callable[[int, Float32], None],
+    take: Callable[[int, Float32, TokenSequence], None],
     progress: Progress | None,
 ) -> tuple[int, int, float]:
     """Feed the text, hand each prediction to `take`; the cache's bytes and elements and the seconds of the steps."""
     sequence: TokenSequence = session.sequence()
     try:
-        take(0, finite(session, sequence.feed(text[:prompt]), prompt))
+        take(0, finite(session, sequence.feed(text[:prompt]), prompt), sequence)
         if progress is not None:
             progress(prompt)
         seconds = 0.0
@@ -364,7 +427,7 @@ def _teacher_force(
             logits = sequence.feed(text[position : position + 1])
             seconds += time.perf_counter() - start
             if position + 1 < len(text):
-                take(position + 1 - prompt, finite(session, logits, position + 1))
+                take(position + 1 - prompt, finite(session, logits, position + 1), sequence)
             if progress is not None:
                 progress(1)
         return sequence.kv_bytes, sequence.kv_elements, seconds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import threading
 from collections.abc import Iterator
@@ -79,6 +80,23 @@ class CompressedSession:
     def sequence(self) -> CompressedSequence:
         """A new, empty sequence."""
         return CompressedSequence(self, self.new_cache())
+
+    def beside(self, *, kv: str | None = None, budget_bytes: int = 0) -> CompressedSession:
+        """The same model and weights over caches that take nothing from this session's budget.
+
+        Parameters
+        ----------
+        kv : str, optional
+            The format of its caches; this session's own unless given. f16 is uncompressed.
+        budget_bytes : int
+            Bytes that its sequences may hold together; 0 = no limit.
+        """
+        other = copy.copy(self)
+        other.kv = self.kv if kv is None else kv
+        other.arena = Arena(budget_bytes)
+        other.new_cache = functools.partial(self.new_cache, kv=other.kv, arena=other.arena)
+        other.new_cache().close()
+        return other
 
     def step(self, sequences: Collection[TokenSequence], ids: Ids) -> Float32:
         """One token for each sequence, in one run; see `DecoderSession.step`.

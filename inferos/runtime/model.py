@@ -20,7 +20,7 @@ from inferos.config import Policy, check_kv, load_policy, parse_size
 from inferos.errors import BusyError, ClosedError, ConfigError, ContextError, ModelError, ShapeError
 from inferos.runtime.chat import ChatTemplate, Message, check_messages, find_template
 from inferos.runtime.generate import CachedTokens, Cancel, Generation, Limits, check_stops
-from inferos.runtime.protocols import DecoderSession, Ids
+from inferos.runtime.protocols import DecoderSession, Ids, RequestObserver
 from inferos.runtime.sampler import Sampler, SamplingOptions
 from inferos.runtime.tokenizer import TextTokenizer, read_json
 
@@ -145,6 +145,11 @@ class Model:
         Tokens fed between two looks at the cancel event.
     clock : seconds, monotonic
 
+    Attributes
+    ----------
+    observer : RequestObserver or None
+        Told of every generation that ended without an error; may be set at any time.
+
     Notes
     -----
     Thread-safe: several generations may run at once, each in one thread at a time.
@@ -168,6 +173,7 @@ class Model:
         self.bos_id = bos_id
         self.eos_ids = tuple(eos_ids)
         self.policy = policy or Policy()
+        self.observer: RequestObserver | None = None
         self._prefill_chunk = prefill_chunk
         self._clock = clock
         self._closed = False
@@ -376,6 +382,11 @@ class Model:
         limits: Limits,
         on_end: Callable[[Generation, BaseException | None], None],
     ) -> Generation:
+        def ended(generation: Generation, error: BaseException | None) -> None:
+            on_end(generation, error)
+            if self.observer is not None and error is None:
+                self.observer.finished(ids, cached.ids[len(ids) :])
+
         has_text = self.folder is not None and (self.folder / "tokenizer.json").is_file()
         generation = Generation(
             cached,
@@ -384,7 +395,7 @@ class Model:
             limits,
             context_length=self.context_length,
             stream=self.tokenizer.stream(ids) if has_text else None,
-            on_end=on_end,
+            on_end=ended,
             clock=self._clock,
         )
         self._track(generation)

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["DecoderSession", "Float32", "Ids", "TokenSequence"]
+__all__ = ["DecoderSession", "Float32", "Ids", "RequestObserver", "SharedSession", "TokenSequence"]
 
 Ids = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
@@ -76,3 +76,18 @@ class DecoderSession(Protocol):
     def step(self, sequences: Collection[TokenSequence], ids: Ids) -> Float32:
         """One token for each of several sequences: ids (rows,) -> logits (rows, vocab_size). Commits all or none."""
         ...
+
+
+class SharedSession(DecoderSession, Protocol):
+    """A session whose weights can serve caches of another format."""
+
+    def beside(self, *, kv: str | None = None, budget_bytes: int = 0) -> DecoderSession:
+        """The same model over caches of their own budget; kv as this session's unless given."""
+        ...
+
+
+class RequestObserver(Protocol):
+    """Is told of every generation that ended without an error."""
+
+    def finished(self, prompt: Ids, tokens: Collection[int]) -> None:
+        """The ids (tokens,) of the prompt and those fed after it. Called on the serving path: must return at once."""

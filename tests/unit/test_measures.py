@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +17,7 @@ from inferos.quality.measures import (
     compare,
     compare_all,
     evaluate,
+    evaluate_all,
     perplexity,
     record,
     record_all,
@@ -314,6 +317,24 @@ def test_several_texts_are_one_sample(table: npt.NDArray[np.float32], text: Ids)
     assert result.baseline_ppl == pytest.approx(perplexity(traces))
     assert result.delta_ppl == pytest.approx(result.ppl - result.baseline_ppl)
     assert result.kld_max == max(one.kld_max for one in alone)
+
+
+def test_text_by_text_gives_the_numbers_of_all_at_once(table: npt.NDArray[np.float32], text: Ids) -> None:
+    pieces = windows(text, 100, 40)
+    at_once = compare_all(record_all(TableSession(table), pieces, prompt=60), TableSession(table, noise=0.3))
+    one_by_one = evaluate_all(TableSession(table), TableSession(table, noise=0.3), pieces, prompt=60)
+    assert dataclasses.replace(one_by_one, tokens_per_s=at_once.tokens_per_s) == at_once
+
+
+def test_logits_that_find_no_room_are_refused_before_any_work(
+    table: npt.NDArray[np.float32], text: Ids, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measures, "_IN_MEMORY", 0)
+    monkeypatch.setattr(measures.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    session = TableSession(table)
+    with pytest.raises(ConfigError, match=f"{150 * VOCAB * 4} bytes of logits, 1000 are free"):
+        record(session, text)
+    assert session.sequences == []
 
 
 def test_percentiles_and_root_mean_square_have_intervals_that_hold_them(
