@@ -22,31 +22,17 @@ Relief::Relief(Arena& arena, std::vector<Layer> layers, std::size_t headroom, Ev
 
 Relief::~Relief() { take_back(); }
 
-bool Relief::free_more() {
-  for (;;) {
-    switch (stage_) {
-      case Stage::kCompact:
-        stage_ = Stage::kDemote;
-        if (compact()) return true;
-        break;
-      case Stage::kDemote:
-        if (demote_some()) {
-          compact();
-          return true;
-        }
-        stage_ = Stage::kEvict;
-        break;
-      case Stage::kEvict:
-        if (!evict_some()) {
-          stage_ = Stage::kDone;
-          break;
-        }
-        compact();
-        stage_ = Stage::kDemote;  // what found no room for its narrower version may find it now
-        return true;
-      case Stage::kDone: return false;
-    }
-  }
+bool Relief::narrow() {
+  if (!std::exchange(compacted_, true) && compact()) return true;
+  if (!demote_some()) return false;
+  compact();
+  return true;
+}
+
+bool Relief::evict() {
+  if (!evict_some()) return false;
+  compact();
+  return true;
 }
 
 bool Relief::compact() {
@@ -160,6 +146,11 @@ void Relief::plan_evictions() {
   }
   std::size_t bytes = 0;
   for (const Candidate& c : evictions_) bytes += layers_[c.layer].store.block_bytes(c.head, c.index);
+  for (std::size_t i = next_demotion_; i < demotions_.size(); ++i) {  // they may find room then
+    const Layer& layer = layers_[demotions_[i].layer];
+    bytes += layer.store.block_bytes(demotions_[i].head, demotions_[i].index);
+    bytes -= kernels::block_bytes(layer.review.narrowest(), layer.store.shape().head_dim);
+  }
   if (arena_.stats().used_bytes + need_() > arena_.budget() + bytes) evictions_.clear();  // it would be for nothing
 }
 

@@ -43,15 +43,14 @@ class Relief {
   Relief(const Relief&) = delete;
   Relief& operator=(const Relief&) = delete;
 
-  // Frees a little more; false where nothing is left to do.
-  bool free_more();
-  bool can_demote() const noexcept { return stage_ < Stage::kEvict; }
+  // Each frees a little more, by compacting and demoting or by evicting; false where nothing is left to do.
+  bool narrow();
+  bool evict();
   // The step goes ahead.
   void keep() noexcept;
   std::string tried() const;
 
  private:
-  enum class Stage { kCompact, kDemote, kEvict, kDone };
   struct Candidate {
     double rank;  // 0..1
     std::size_t layer;
@@ -81,7 +80,7 @@ class Relief {
   Eviction eviction_;
   Overflow overflow_;
   std::function<std::size_t()> need_;
-  Stage stage_ = Stage::kCompact;
+  bool compacted_ = false;
   bool demotions_planned_ = false;
   bool evictions_planned_ = false;
   std::vector<Candidate> demotions_;

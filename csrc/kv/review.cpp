@@ -164,7 +164,7 @@ void LayerReview::demoted(std::int64_t length) noexcept {
 double LayerReview::evicted_mass(std::size_t head) const noexcept {
   double sum = 0.0;
   for (std::size_t i = head; i < verdicts_.size(); i += heads_) sum += verdicts_[i].mass;
-  return sum;
+  return sum > 1.0 ? 1.0 : sum;  // each was measured over what was left then; NaN stays
 }
 
 }  // namespace inferos::kv

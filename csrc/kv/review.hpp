@@ -87,7 +87,7 @@ class LayerReview {
   }
   // `mass`: its averaged share of the head's attention; NaN where that was not measured.
   void evicted(std::size_t head, std::size_t index, double mass) noexcept { verdicts_[at(head, index)].mass = mass; }
-  double evicted_mass(std::size_t head) const noexcept;
+  double evicted_mass(std::size_t head) const noexcept;  // of all blocks that went, 0..1
 
  private:
   struct Verdict {

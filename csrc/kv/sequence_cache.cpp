@@ -209,11 +209,12 @@ struct SequenceCache::State {
     if (!options.policy || arena->budget() == 0) return reserve(tokens, *arena);
     const std::size_t spare = headroom();
     std::optional<Relief> relief;
+    bool at_its_narrowest = false;
     for (;;) {
       std::string refusal;
       try {
         std::vector<LayerStep> taken = reserve(tokens, *arena);
-        if (taken.empty() || (relief && !relief->can_demote()) || arena->available() >= spare) {
+        if (taken.empty() || at_its_narrowest || arena->available() >= spare) {
           if (relief) relief->keep();
           return taken;
         }
@@ -227,10 +228,11 @@ struct SequenceCache::State {
         relief.emplace(*arena, std::move(all), spare, options.policy->eviction, options.policy->overflow,
                        [this, tokens] { return need(tokens); });
       }
-      if (!relief->free_more()) {
-        throw Error(ErrorCode::kBudget, "begin: " + text(tokens) + " tokens behind " + text(length) +
-                                            " do not fit: " + relief->tried() + "; " + refusal);
-      }
+      if (relief->narrow()) continue;
+      at_its_narrowest = true;  // what is left of the budget is for the step
+      if (refusal.empty() || relief->evict()) continue;
+      throw Error(ErrorCode::kBudget, "begin: " + text(tokens) + " tokens behind " + text(length) +
+                                          " do not fit: " + relief->tried() + "; " + refusal);
     }
   }
 
