@@ -4,10 +4,12 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <functional>
 #include <limits>
 #include <string>
 #include <vector>
 
+#include "attention/key_check.hpp"
 #include "attention/plan.hpp"
 #include "core/checked.hpp"
 
@@ -38,7 +40,14 @@ RowPlan plan_of(const Row& row, const Shape& shape, std::size_t layer) {
   const std::int64_t length = row.cache->visible_length(layer);
   checked_range(static_cast<std::int64_t>(row.tokens), 1, length, "attention: tokens of a row");
   checked_range(length, 1, std::numeric_limits<std::int32_t>::max() - 1, "attention: visible length");
-  return {row.cache->streams(layer), row.q, row.out, row.tokens, static_cast<std::int32_t>(length), row.mass};
+  return {row.cache->wants_mass(layer) ? row.cache : nullptr,
+          row.cache->streams(layer),
+          row.q,
+          row.out,
+          row.tokens,
+          static_cast<std::int32_t>(length),
+          row.mass,
+          layer};
 }
 
 }  // namespace
@@ -76,8 +85,16 @@ void run(std::span<const Row> rows, const Params& params, Executor& executor) {
   }
   if (!decode.empty()) decode_rows(decode, shape, executor);
   if (!prefill.empty()) prefill_rows(prefill, shape, executor);
-  const bool mass = std::any_of(prefill.begin(), prefill.end(), [](const RowPlan& row) { return row.mass != nullptr; });
+  const bool mass = std::any_of(prefill.begin(), prefill.end(), [](const RowPlan& row) { return row.wants_mass(); });
   if (mass) add_prefill_mass(prefill, shape, executor);
+  for (const std::vector<RowPlan>& plans : {std::cref(decode), std::cref(prefill)}) {
+    for (const RowPlan& row : plans) {
+      if (row.scored == nullptr) continue;
+      row.scored->mass_folded(params.layer);
+      if (!row.scored->wants_key_check(params.layer)) continue;
+      if (const auto moved = int4_divergence(row, shape)) row.scored->keys_checked(params.layer, *moved);
+    }
+  }
 }
 
 }  // namespace inferos::attention

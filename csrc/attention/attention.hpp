@@ -1,5 +1,6 @@
 #pragma once
 // Attention of one layer over mixed tiers, for one token (decode) or many (prefill), over a cache whose layer has appended the step.
+// Where the cache wants the attention mass of the step, it gets it, head by head as they finish: it is still in the processor's cache then.
 
 #include <cstddef>
 #include <cstdint>
@@ -11,12 +12,12 @@
 namespace inferos::attention {
 
 struct Row {  // one sequence of the batch
-  const kv::SequenceCache* cache;
+  kv::SequenceCache* cache;
   const float* q;      // [tokens][heads][head_dim], rotated
   float* out;          // [tokens][heads][head_dim]
   std::size_t tokens;  // the newest tokens of the sequence; query i sits at visible_length - tokens + i
   // nullptr, or [kv_heads][visible_length]: the probability each token received, mean over the query heads of its kv head;
-  // for many tokens the mean over the last min(tokens, 64) queries. Positions that are not held get 0. Row 0..: kv head major.
+  // for many tokens the mean over every 4th of the last 64 queries, the newest one included. Positions that are not held get 0.
   float* mass;
 };
 

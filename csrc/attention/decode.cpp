@@ -5,7 +5,7 @@
 #include <atomic>
 #include <cmath>
 #include <limits>
-#include <memory>
+#include <new>
 #include <utility>
 #include <vector>
 
@@ -27,7 +27,9 @@ static_assert(kSpansPerRow <= kBlockTokens);  // merge_spans
 // First-level caches at least this large take what is read next directly, a tenth faster (Zen 5). In 32 KiB (Zen 4) it got in the way.
 constexpr std::size_t kNearBytes = std::size_t{48} * 1024;
 constexpr float kSkipped = 0x1p-24F;  // probabilities below this, all tokens of the context together, need no values
-constexpr std::size_t kMassQueries = 64;  // the newest queries of a prefill that count for the mass
+// The queries of a prefill that count for the mass: every 4th of the newest 64 ranks blocks as all of them do.
+constexpr std::size_t kMassQueries = 64;
+constexpr std::size_t kMassStride = 4;
 // Spans are handed to a thread as runs of neighbours: what comes next is known and fetched.
 constexpr std::size_t kRunsPerThread = 16;
 
@@ -41,9 +43,9 @@ struct Job {  // one kv head of one row
   std::size_t spans;
   float* partials;  // [spans][partial_floats]
   float* logits;    // nullptr, or [blocks][group][64]
-  float* mass;      // nullptr, or [length]
-  std::int32_t length;
-  float mass_weight;
+  const RowPlan* row;
+  std::size_t head;
+  float* mass;  // [length], where the row wants it
 };
 
 struct Partial {
@@ -74,7 +76,9 @@ Job plan_job(const RowPlan& row, const Shape& shape, std::size_t head, std::size
   }
   job.spans =
       std::clamp<std::size_t>(std::min(kSpansPerRow / shape.kv_heads, job.blocks / kSpanBlocks), 1, kSpansPerRow);
-  job.length = row.length;
+  job.row = &row;
+  job.head = head;
+  if (row.mass != nullptr) job.mass = row.mass + head * static_cast<std::size_t>(row.length);
   job.skip_below = kSkipped / static_cast<float>(row.length);
   return job;
 }
@@ -146,8 +150,8 @@ void run_span(const Job& job, const Shape& shape, std::size_t span, const std::b
 }
 
 // `total` becomes the heads' weights, and `top` 0 where a head saw nothing. A token whose probability is not a number gets none.
-void add_mass(const Job& job, const Shape& shape, float* top, float* total) noexcept {
-  const float share = job.mass_weight / static_cast<float>(shape.group);
+// `share`: what the group's probabilities count for.
+void add_mass(const Job& job, const Shape& shape, float share, float* top, float* total) noexcept {
   for (std::size_t g = 0; g < shape.group; ++g) {
     if (total[g] == 0.0F) top[g] = 0.0F;
     total[g] = total[g] == 0.0F ? 0.0F : share / total[g];
@@ -164,8 +168,14 @@ void add_mass(const Job& job, const Shape& shape, float* top, float* total) noex
   }
 }
 
-// Spans in ascending order into job.out. The first span's m and l become the merged maximum and sum.
-void merge_spans(const Job& job, const Shape& shape) noexcept {
+// Hands a head's mass on.
+void fold_mass(const Job& job) noexcept {
+  if (job.row->scored == nullptr) return;
+  job.row->scored->fold_mass(job.row->layer, job.head, {job.mass, static_cast<std::size_t>(job.row->length)});
+}
+
+// Spans in ascending order into job.out. The first span's m and l become the merged maximum and sum, which it returns.
+Partial merge_spans(const Job& job, const Shape& shape) noexcept {
   const Partial merged = partial_at(job, shape, 0);
   for (std::size_t g = 0; g < shape.group; ++g) {
     float tops[kBlockTokens];
@@ -195,7 +205,15 @@ void merge_spans(const Job& job, const Shape& shape) noexcept {
     merged.m[g] = top;
     merged.l[g] = total;
   }
-  if (job.mass != nullptr) add_mass(job, shape, merged.m, merged.l);
+  return merged;
+}
+
+void finish(const Job& job, const Shape& shape) noexcept {
+  const Partial merged = merge_spans(job, shape);
+  if (job.logits == nullptr) return;
+  std::fill_n(job.mass, job.row->length, 0.0F);
+  add_mass(job, shape, 1.0F / static_cast<float>(shape.group), merged.m, merged.l);
+  fold_mass(job);
 }
 
 struct Call {
@@ -214,48 +232,83 @@ struct Call {
       const std::byte* then = nullptr;
       if (task + 1 < end) then = span_begin(call.jobs[call.tasks[task + 1].first], call.tasks[task + 1].second);
       run_span(call.jobs[j], call.shape, span, then);
-      if (call.unfinished[j].fetch_sub(1, std::memory_order_acq_rel) == 1) merge_spans(call.jobs[j], call.shape);
+      if (call.unfinished[j].fetch_sub(1, std::memory_order_acq_rel) == 1) finish(call.jobs[j], call.shape);
     }
   }
 };
+
+// Where the logits and the mass of the jobs that want it lie; returns the floats needed. One after the other, jobs take turns in
+// one place, which so stays in the processor's cache.
+std::size_t place_masses(std::span<Job> jobs, const Shape& shape, bool in_turn, float* at) noexcept {
+  std::size_t taken = 0;
+  for (Job& job : jobs) {
+    if (!job.row->wants_mass()) continue;
+    const std::size_t logits = job.blocks * shape.group * kBlockTokens;
+    const std::size_t mass = job.row->mass != nullptr ? 0 : (static_cast<std::size_t>(job.row->length) + 15) / 16 * 16;
+    if (at != nullptr) {
+      job.logits = at + (in_turn ? 0 : taken);
+      if (job.row->mass == nullptr) job.mass = job.logits + logits;
+    }
+    taken = in_turn ? std::max(taken, logits + mass) : taken + logits + mass;
+  }
+  return taken;
+}
+
+// The mean over the sampled queries of one head.
+void prefill_mass(const RowPlan& row, const Shape& shape, std::size_t head) {
+  static thread_local Floats scratch;  // output, partial and logits of one query, and the mass
+  Job job = plan_job(row, shape, head, row.tokens - 1);
+  const std::size_t width = shape.group * shape.d;
+  const std::size_t logits = shape.group * kBlockTokens;
+  float* at =
+      scratch.at_least(partial_floats(shape) + width + job.blocks * logits + static_cast<std::size_t>(row.length));
+  float* const out = at + partial_floats(shape);
+  float* const first_logits = out + width;
+  float* const mass = row.mass == nullptr ? first_logits + job.blocks * logits : job.mass;
+  std::fill_n(mass, row.length, 0.0F);
+  const std::size_t queries = (std::min(row.tokens, kMassQueries) + kMassStride - 1) / kMassStride;
+  const float share = 1.0F / static_cast<float>(queries * shape.group);
+  for (std::size_t i = queries; i-- > 0;) {
+    job = plan_job(row, shape, head, row.tokens - 1 - i * kMassStride);
+    job.spans = 1;
+    job.partials = at;
+    job.out = out;
+    job.logits = first_logits;
+    job.mass = mass;
+    job.skip_below = std::numeric_limits<float>::infinity();  // only the logits are wanted
+    run_span(job, shape, 0, nullptr);
+    const Partial merged = merge_spans(job, shape);
+    add_mass(job, shape, share, merged.m, merged.l);
+  }
+  fold_mass(job);
+}
 
 }  // namespace
 
 void decode_rows(std::span<const RowPlan> rows, const Shape& shape, Executor& executor) {
   std::vector<Job> jobs;
   std::vector<std::pair<std::size_t, std::size_t>> tasks;
-  std::size_t logit_floats = 0;
   for (const RowPlan& row : rows) {
-    if (row.mass != nullptr) std::fill_n(row.mass, shape.kv_heads * static_cast<std::size_t>(row.length), 0.0F);
     for (std::size_t head = 0; head < shape.kv_heads; ++head) {
-      Job job = plan_job(row, shape, head, 0);
-      if (row.mass != nullptr) {
-        job.mass = row.mass + head * static_cast<std::size_t>(row.length);
-        job.mass_weight = 1.0F;
-        logit_floats += job.blocks * shape.group * kBlockTokens;
-      }
+      const Job job = plan_job(row, shape, head, 0);
       for (std::size_t span = 0; span < job.spans; ++span) tasks.emplace_back(jobs.size(), span);
       jobs.push_back(job);
     }
   }
-  static thread_local Floats partials;
-  const auto logits = std::make_unique_for_overwrite<float[]>(logit_floats);
   Call call{shape, std::move(jobs), std::move(tasks),
             std::vector<std::atomic<std::size_t>>(rows.size() * shape.kv_heads), 1};
   const std::size_t threads = executor.concurrency();
   if (threads > 1) call.runs = std::min(call.tasks.size(), threads * kRunsPerThread);
+  static thread_local Floats partials;
+  static thread_local Floats masses;  // kept: fresh pages would cost more than what is computed
   float* next_partial = partials.at_least(call.tasks.size() * partial_floats(shape));
-  float* next_logits = logits.get();
   for (std::size_t j = 0; j < call.jobs.size(); ++j) {
-    Job& job = call.jobs[j];
-    job.partials = next_partial;
-    next_partial += job.spans * partial_floats(shape);
-    if (job.mass != nullptr) {
-      job.logits = next_logits;
-      next_logits += job.blocks * shape.group * kBlockTokens;
-    }
-    call.unfinished[j].store(job.spans, std::memory_order_relaxed);
+    call.jobs[j].partials = next_partial;
+    next_partial += call.jobs[j].spans * partial_floats(shape);
+    call.unfinished[j].store(call.jobs[j].spans, std::memory_order_relaxed);
   }
+  const std::size_t wanted = place_masses(call.jobs, shape, call.runs == 1, nullptr);
+  if (wanted != 0) place_masses(call.jobs, shape, call.runs == 1, masses.at_least(wanted));
   executor.parallel_for(call.runs, &Call::run, &call);
 }
 
@@ -263,39 +316,21 @@ void add_prefill_mass(std::span<const RowPlan> rows, const Shape& shape, Executo
   struct MassCall {
     const Shape& shape;
     std::span<const RowPlan> rows;
-    std::vector<std::vector<float>> scratch;  // by (row, kv head): output, partial and logits of one query
+    std::atomic<bool> out_of_memory{false};
   };
-  MassCall call{shape, rows, {}};
-  const std::size_t own = partial_floats(shape) + shape.group * shape.d;
-  for (const RowPlan& row : rows) {
-    for (std::size_t head = 0; head < shape.kv_heads; ++head) {
-      std::size_t blocks = 0;
-      for (const auto& list : row.streams[head].by_format) blocks += list.size();
-      call.scratch.emplace_back(row.mass == nullptr ? 0 : own + blocks * shape.group * kBlockTokens);
-    }
-  }
+  MassCall call{shape, rows};
   const auto task = [](void* context, std::size_t i) noexcept {
     auto& c = *static_cast<MassCall*>(context);
     const RowPlan& row = c.rows[i / c.shape.kv_heads];
-    if (row.mass == nullptr) return;
-    const std::size_t head = i % c.shape.kv_heads;
-    const std::size_t queries = std::min(row.tokens, kMassQueries);
-    float* const mass = row.mass + head * static_cast<std::size_t>(row.length);
-    std::fill_n(mass, row.length, 0.0F);
-    for (std::size_t token = row.tokens - queries; token < row.tokens; ++token) {
-      Job job = plan_job(row, c.shape, head, token);
-      job.spans = 1;
-      job.partials = c.scratch[i].data();
-      job.out = job.partials + partial_floats(c.shape);
-      job.logits = job.out + c.shape.group * c.shape.d;
-      job.mass = mass;
-      job.mass_weight = 1.0F / static_cast<float>(queries);
-      job.skip_below = std::numeric_limits<float>::infinity();  // only the logits are wanted
-      run_span(job, c.shape, 0, nullptr);
-      merge_spans(job, c.shape);
+    if (!row.wants_mass()) return;
+    try {
+      prefill_mass(row, c.shape, i % c.shape.kv_heads);
+    } catch (const std::bad_alloc&) {
+      c.out_of_memory.store(true, std::memory_order_relaxed);
     }
   };
   executor.parallel_for(rows.size() * shape.kv_heads, task, &call);
+  if (call.out_of_memory.load()) throw std::bad_alloc();
 }
 
 }  // namespace inferos::attention

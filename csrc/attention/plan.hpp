@@ -29,13 +29,16 @@ struct Shape {
 };
 
 struct RowPlan {
+  kv::SequenceCache* scored;                 // who takes the attention mass, or nullptr
   std::span<const kv::HeadStreams> streams;  // by kv head
   const float* q;                            // [tokens][heads][d]
   float* out;                                // [tokens][heads][d]
   std::size_t tokens;
   std::int32_t length;  // visible positions: the newest is length - 1
   float* mass;          // nullptr, or [kv_heads][length]
+  std::size_t layer;
 
+  bool wants_mass() const noexcept { return mass != nullptr || scored != nullptr; }
   std::int32_t position(std::size_t token) const noexcept { return length - static_cast<std::int32_t>(tokens - token); }
 };
 
@@ -68,7 +71,7 @@ class Floats {
 // Every row has one token.
 void decode_rows(std::span<const RowPlan> rows, const Shape& shape, Executor& executor);
 void prefill_rows(std::span<const RowPlan> rows, const Shape& shape, Executor& executor);
-// Mean probability over the last min(tokens, 64) queries of each row that asks for it.
+// Mean probability over a sample of the newest queries of each row that asks for it.
 void add_prefill_mass(std::span<const RowPlan> rows, const Shape& shape, Executor& executor);
 
 }  // namespace inferos::attention

@@ -65,8 +65,24 @@ Enum choice(const char* what, const std::string& name, const std::array<const ch
 
 Format format_of(const std::string& name) { return choice<Format>("format", name, kFormatNames); }
 
-// Thresholds (l1, l2, l3), gamma, eviction, overflow, max_levels.
-using PolicyArguments = std::tuple<std::array<double, 3>, double, std::string, std::string, std::vector<std::string>>;
+// Thresholds (l1, l2, l3), gamma, eviction, overflow, max_levels, whether scores are the caller's, whether keys are checked.
+using PolicyArguments =
+    std::tuple<std::array<double, 3>, double, std::string, std::string, std::vector<std::string>, bool, bool>;
+
+kv::Policy policy_of(const PolicyArguments& from) {
+  const auto& [levels, gamma, eviction, overflow, max_levels, external, check_keys] = from;
+  kv::Policy policy{{levels[0], levels[1], levels[2]},
+                    gamma,
+                    choice<kv::Eviction>("eviction", eviction, kEvictionNames),
+                    choice<kv::Overflow>("overflow", overflow, kOverflowNames),
+                    external,
+                    check_keys,
+                    {}};
+  for (const std::string& level : max_levels) {
+    policy.max_levels.push_back(choice<kv::Level>("max_levels", level, kLevelNames));
+  }
+  return policy;
+}
 
 std::string text(const py::array& array) {
   std::string out;
@@ -120,17 +136,7 @@ Handle open(const std::vector<std::tuple<std::int64_t, std::int64_t, std::int32_
   options.recent_window = option(recent_window, "recent_window");
   options.sink_tokens = option(sink_tokens, "sink_tokens");
   options.max_tokens = option(max_tokens, "max_tokens");
-  if (policy) {
-    const auto& [levels, gamma, eviction, overflow, max_levels] = *policy;
-    options.policy = kv::Policy{{levels[0], levels[1], levels[2]},
-                                gamma,
-                                choice<kv::Eviction>("eviction", eviction, kEvictionNames),
-                                choice<kv::Overflow>("overflow", overflow, kOverflowNames),
-                                {}};
-    for (const std::string& level : max_levels) {
-      options.policy->max_levels.push_back(choice<kv::Level>("max_levels", level, kLevelNames));
-    }
-  }
+  if (policy) options.policy = policy_of(*policy);
   return kv::open_sequence(std::make_unique<SequenceCache>(std::move(options), arena));
 }
 
@@ -169,8 +175,6 @@ std::pair<Array<T>, py::object> attend(Handle handle, std::size_t layer, const A
   const auto heads = static_cast<std::size_t>(q.shape(1));
   Array<T> out({tokens, heads, shape.head_dim});
   const auto visible = static_cast<std::size_t>(lease->visible_length(layer));
-  const std::size_t mass_count = shape.kv_heads * visible;
-  const bool scored = lease->wants_mass(layer);
   Array<float> received = mass ? Array<float>({shape.kv_heads, visible}) : Array<float>();
   const T* const q_data = q.data();
   T* const out_data = out.mutable_data();
@@ -182,11 +186,8 @@ std::pair<Array<T>, py::object> attend(Handle handle, std::size_t layer, const A
     std::vector<float> out_wide(std::is_same_v<T, float> ? 0 : count);
     float* result = out_wide.data();
     if constexpr (std::is_same_v<T, float>) result = out_data;
-    std::vector<float> own_mass(scored && !mass ? mass_count : 0);
-    float* const mass_data = own_mass.empty() ? returned_mass : own_mass.data();
-    const attention::Row row{&*lease, widen(q_data, count, q_wide), result, tokens, mass_data};
+    const attention::Row row{&*lease, widen(q_data, count, q_wide), result, tokens, returned_mass};
     attention::run({&row, 1}, {layer, heads, scale, softcap}, ThreadPool::process());
-    if (scored) lease->fold_mass(layer, {mass_data, mass_count});
     if constexpr (!std::is_same_v<T, float>) narrow(result, count, out_data);
   }
   return {std::move(out), mass ? py::object(std::move(received)) : py::none()};
@@ -227,10 +228,67 @@ Array<double> scores(Handle handle, std::size_t layer, std::size_t head) {
   Array<double> values(static_cast<py::ssize_t>(lease->grid_blocks(layer)));
   double* const data = values.mutable_data();
   for (std::size_t i = 0; i < size_of(values); ++i) {
-    const double score = lease->score(layer, head, i);
-    data[i] = score < 0.0 ? std::numeric_limits<double>::quiet_NaN() : score;
+    data[i] = lease->score(layer, head, i);
   }
   return values;
+}
+
+void set_policy(Handle handle, const PolicyArguments& policy, const std::vector<std::string>& formats,
+                std::int64_t recent_window) {
+  std::vector<Format> narrowest;
+  for (const std::string& name : formats) narrowest.push_back(format_of(name));
+  Lease(handle)->set_policy(policy_of(policy), std::move(narrowest), option(recent_window, "recent_window"));
+}
+
+void set_scores(Handle handle, std::size_t layer, const Array<double>& scores) {
+  Lease lease(handle);
+  const std::size_t heads = shape_of(*lease, layer).kv_heads;
+  const std::size_t blocks = lease->grid_blocks(layer);
+  if (scores.ndim() != 2 || static_cast<std::size_t>(scores.shape(0)) != heads ||
+      static_cast<std::size_t>(scores.shape(1)) != blocks) {
+    throw Error(ErrorCode::kShape, "set_scores: shape " + text(scores) + ", wanted (" + std::to_string(heads) + ", " +
+                                       std::to_string(blocks) + ")");
+  }
+  lease->set_scores(layer, {scores.data(), size_of(scores)});
+}
+
+template <class T>
+Array<T> copied(const std::vector<T>& values) {
+  return Array<T>(static_cast<py::ssize_t>(values.size()), values.data());
+}
+
+// Position, mass, value norm, key norm, key similarity.
+py::tuple token_statistics(Handle handle, std::size_t layer, std::size_t head) {
+  kv::TokenStatistics found;
+  {
+    const py::gil_scoped_release unlocked;
+    found = Lease(handle)->token_statistics(layer, head);
+  }
+  return py::make_tuple(copied(found.position), copied(found.mass), copied(found.value_norm), copied(found.key_norm),
+                        copied(found.key_similarity));
+}
+
+// (blocks, 2): the first position of each block of the grid, and one past its last.
+Array<std::int64_t> block_spans(Handle handle, std::size_t layer) {
+  const Lease lease(handle);
+  const std::size_t blocks = lease->grid_blocks(layer);
+  Array<std::int64_t> spans({blocks, std::size_t{2}});
+  for (std::size_t i = 0; i < blocks; ++i) {
+    std::tie(spans.mutable_at(i, 0), spans.mutable_at(i, 1)) = lease->block_span(layer, i);
+  }
+  return spans;
+}
+
+// By format: blocks, and the means of their normalised squared errors of K and V, 0 where there is none.
+py::dict demotion_errors(const SequenceCache& cache) {
+  const auto errors = cache.demotion_errors();
+  py::dict named;
+  for (std::size_t f = 0; f < errors.size(); ++f) {
+    if (errors[f].blocks == 0) continue;
+    const auto blocks = static_cast<double>(errors[f].blocks);
+    named[kFormatNames[f]] = py::make_tuple(errors[f].blocks, errors[f].k / blocks, errors[f].v / blocks);
+  }
+  return named;
 }
 
 py::dict by_name(const std::array<std::size_t, kernels::kFormats>& counts) {
@@ -252,6 +310,7 @@ py::dict sequence_stats(Handle handle) {
   stats["score_bytes"] = tiers.score_bytes;
   stats["evicted_token_heads"] = tiers.evicted;
   stats["evicted_mass"] = lease->evicted_mass();
+  stats["demotion_error"] = demotion_errors(*lease);
   return stats;
 }
 
@@ -342,7 +401,7 @@ void add_cache(py::module_& parent) {
   m.def("open", &open, py::arg("layers"), py::arg("formats"), py::arg("recent_window"), py::arg("sink_tokens"),
         py::arg("max_tokens"), py::arg("arena"), py::arg("policy") = py::none(),
         "layers: (kv_heads, head_dim, local_window) each; policy: None or ((l1, l2, l3), gamma, eviction, overflow, "
-        "max_levels) -> handle");
+        "max_levels, external scores, check keys) -> handle");
   m.def("close", &kv::close_sequence, py::arg("handle"), Unlocked(),
         "Waits for a call in flight, then frees the sequence.");
   m.def("abandon", &kv::abandon, py::arg("handle"), Unlocked(),
@@ -389,6 +448,21 @@ void add_cache(py::module_& parent) {
   m.def("scores", &scores, py::arg("handle"), py::arg("layer"), py::arg("head"));
   m.def("formats", &formats, py::arg("handle"), py::arg("layer"), py::arg("head"));
   m.def("stats", &sequence_stats, py::arg("handle"));
+  m.def("set_policy", &set_policy, py::arg("handle"), py::arg("policy"), py::arg("formats"), py::arg("recent_window"));
+  m.def("set_scores", &set_scores, py::arg("handle"), py::arg("layer"), py::arg("scores").noconvert(),
+        "scores: (kv_heads, blocks) float64, NaN = unknown");
+  m.def(
+      "review_due", [](Handle handle, std::size_t layer) { return Lease(handle)->review_due(layer); },
+      py::arg("handle"), py::arg("layer"));
+  m.def("token_statistics", &token_statistics, py::arg("handle"), py::arg("layer"), py::arg("head"),
+        "(tokens,) each: position, mass, value norm, key norm, key similarity");
+  m.def("block_spans", &block_spans, py::arg("handle"), py::arg("layer"));
+  m.def(
+      "narrowest",
+      [](Handle handle, std::size_t layer) {
+        return kFormatNames[static_cast<std::size_t>(Lease(handle)->narrowest(layer))];
+      },
+      py::arg("handle"), py::arg("layer"));
   m.def(
       "take_error",
       [](Handle handle) -> py::object {

@@ -55,6 +55,13 @@ using BlockPtr = std::shared_ptr<Block>;
 // `tokens` tokens of `from`, re-quantised into `to`, a packed block. `next`: what will be converted next, where that is known.
 void convert_block(const Block& from, std::size_t tokens, std::size_t head_dim, Block& to, const Block* next = nullptr);
 
+// Normalised squared errors |to - from|^2 / |from|^2 of `tokens` tokens; 0 where both are 0.
+struct BlockError {
+  double k;
+  double v;
+};
+BlockError block_error(const Block& from, const Block& to, std::size_t tokens, std::size_t head_dim);
+
 // One token of a block, un-rotated: k[head_dim], v[head_dim].
 void read_block(const Block& block, std::size_t token, std::size_t head_dim, float* k, float* v);
 

@@ -4,9 +4,12 @@
 #include <cmath>
 #include <cstring>
 #include <iterator>
+#include <limits>
 #include <numeric>
 #include <utility>
 
+#include "core/fp16.hpp"
+#include "kernels/codec.hpp"
 #include "kernels/importance.hpp"
 #include "kernels/quantize.hpp"
 #include "kv/room.hpp"
@@ -26,23 +29,32 @@ float square(const float* row, std::size_t head_dim) noexcept {
   return std::accumulate(std::begin(lanes), std::end(lanes), 0.0F);
 }
 
+// Records lie far apart, and what is measured between two samples leaves no cache with them.
+constexpr std::size_t kAhead = 8;
+void prefetch_average(const ScoreRecord& record) noexcept {
+  if (record)
+    kernels::prefetch(reinterpret_cast<const std::byte*>(record.average()), kBlockTokens * sizeof(std::uint16_t));
+}
+
 }  // namespace
 
-LayerScores::LayerScores(const LayerShape& shape, double gamma, bool wanted)
-    : heads_(shape.kv_heads), head_dim_(shape.head_dim), gamma_(gamma), wanted_(wanted) {}
+LayerScores::LayerScores(const LayerShape& shape, double gamma, bool wanted, bool external)
+    : heads_(shape.kv_heads), head_dim_(shape.head_dim), gamma_(gamma), wanted_(wanted), is_external_(external) {}
 
-std::vector<ScorePtr> LayerScores::reserve(Arena& arena, std::size_t fresh) {
-  std::vector<ScorePtr> taken;
+std::vector<ScoreRecord> LayerScores::reserve(Arena& arena, std::size_t fresh) {
+  std::vector<ScoreRecord> taken;
   taken.reserve(fresh * heads_);
-  for (std::size_t i = 0; i < fresh * heads_; ++i) taken.push_back(std::make_unique<ScoreRecord>(arena));
+  for (std::size_t i = 0; i < fresh * heads_; ++i) taken.emplace_back(arena);
   make_room(records_, taken.size());
   make_room(weights_, fresh);
+  if (is_external_) make_room(external_, taken.size());
   return taken;
 }
 
-void LayerScores::place(std::vector<ScorePtr>& fresh) noexcept {
-  for (ScorePtr& record : fresh) {
-    std::memset(record->average(), 0, ScoreRecord::kBytes);
+void LayerScores::place(std::vector<ScoreRecord>& fresh) noexcept {
+  if (is_external_) external_.resize(external_.size() + fresh.size(), std::numeric_limits<double>::quiet_NaN());
+  for (ScoreRecord& record : fresh) {
+    std::memset(record.average(), 0, ScoreRecord::kBytes);
     records_.push_back(std::move(record));
   }
   for (std::size_t i = 0; i < fresh.size(); i += heads_) weights_.push_back(0.0);
@@ -55,7 +67,7 @@ void LayerScores::write(const Grid& grid, std::int64_t from, std::int64_t to, co
     for (std::size_t h = 0; h < heads_; ++h, row += head_dim_) {
       const float root = std::sqrt(square(row, head_dim_));
       const float norm = root <= kHalfMax ? root : kHalfMax;  // NaN too: what cannot be ranked counts as heavy
-      kernels::convert().f32_to_f16_saturate(&norm, 1, records_[at(h, index)]->norm() + (p - grid[index].start));
+      kernels::convert().f32_to_f16_saturate(&norm, 1, records_[at(h, index)].norm() + (p - grid[index].start));
     }
   }
 }
@@ -65,32 +77,35 @@ void LayerScores::truncate(const Grid& grid) noexcept {
   const std::size_t held = std::min(grid.size() - first_, blocks());
   records_.resize(held * heads_);
   weights_.resize(held);
+  if (is_external_) external_.resize(held * heads_);
   if (held == 0 || grid[first_ + held - 1].finished()) return;
   // The last block takes tokens again: what was measured before is not about them.
   weights_.back() = 0.0;
   for (std::size_t h = 0; h < heads_; ++h) {
-    std::memset(records_[at(h, first_ + held - 1)]->average(), 0, kBlockTokens * sizeof(std::uint16_t));
+    std::memset(records_[at(h, first_ + held - 1)].average(), 0, kBlockTokens * sizeof(std::uint16_t));
+    if (is_external_) external_[at(h, first_ + held - 1)] = std::numeric_limits<double>::quiet_NaN();
   }
 }
 
 void LayerScores::forget_before(std::size_t first) noexcept {
   drop_front(records_, (first - first_) * heads_);
+  if (is_external_) drop_front(external_, (first - first_) * heads_);
   drop_front(weights_, first - first_);
   first_ = first;
 }
 
 LayerScores LayerScores::fork(Arena& arena) const {
-  LayerScores copy({heads_, head_dim_, -1}, gamma_, wanted_);
+  LayerScores copy({heads_, head_dim_, -1}, gamma_, wanted_, is_external_);
   copy.first_ = first_;
   copy.folded_at_ = folded_at_;
   copy.keep_ = keep_;
   copy.records_.reserve(records_.size());
-  for (const ScorePtr& record : records_) {
-    copy.records_.push_back(record == nullptr ? nullptr : std::make_unique<ScoreRecord>(arena));
-    if (record == nullptr) continue;
-    std::memcpy(copy.records_.back()->average(), record->average(), ScoreRecord::kBytes);
+  for (const ScoreRecord& record : records_) {
+    copy.records_.push_back(record ? ScoreRecord(arena) : ScoreRecord());
+    if (record) std::memcpy(copy.records_.back().average(), record.average(), ScoreRecord::kBytes);
   }
   copy.weights_ = weights_;
+  copy.external_ = external_;
   return copy;
 }
 
@@ -104,30 +119,45 @@ bool LayerScores::wants_mass(const Grid& grid, std::int64_t visible) const noexc
   return false;
 }
 
-void LayerScores::fold(const Grid& grid, std::span<const float> mass, std::int64_t visible) noexcept {
-  const bool again = visible == folded_at_;
-  if (!again) keep_ = std::pow(gamma_, static_cast<double>(std::max<std::int64_t>(visible - folded_at_, 1)));
-  folded_at_ = visible;
-  const auto keep = static_cast<float>(keep_);
-  const auto add = static_cast<float>(1.0 - keep_) * kMassUnit;
+// What a sample of a step that makes `visible` tokens visible leaves of the averages.
+double LayerScores::keep_at(std::int64_t visible) const noexcept {
+  if (visible == folded_at_) return keep_;  // the step runs again
+  return std::pow(gamma_, static_cast<double>(std::max<std::int64_t>(visible - folded_at_, 1)));
+}
+
+void LayerScores::fold(const Grid& grid, std::size_t head, std::span<const float> mass) const noexcept {
+  const auto visible = static_cast<std::int64_t>(mass.size());
+  const double left = keep_at(visible);
+  const auto keep = static_cast<float>(left);
+  const auto add = static_cast<float>(1.0 - left) * kMassUnit;
   const auto fold_block = kernels::importance().fold;
   for (std::size_t i = 0; i < blocks() && grid[first_ + i].finished(); ++i) {
-    if (again && weights_[i] > 0.0) continue;
+    if (visible == folded_at_ && weights_[i] > 0.0) continue;
     const GridEntry& entry = grid[first_ + i];
-    weights_[i] = weights_[i] * keep_ + (1.0 - keep_);
-    for (std::size_t h = 0; h < heads_; ++h) {
-      const ScorePtr& record = records_[at(h, first_ + i)];
-      if (record == nullptr) continue;
-      std::uint16_t* stored = record->average();
-      const float* received = mass.data() + h * static_cast<std::size_t>(visible) + entry.start;
-      fold_block(stored, received, entry.tokens, keep, add);
-    }
+    if (i + kAhead < blocks()) prefetch_average(records_[at(head, first_ + i + kAhead)]);
+    const ScoreRecord& record = records_[at(head, first_ + i)];
+    if (record) fold_block(record.average(), mass.data() + entry.start, entry.tokens, keep, add);
   }
 }
 
+void LayerScores::folded(const Grid& grid, std::int64_t visible) noexcept {
+  const double left = keep_at(visible);
+  for (std::size_t i = 0; i < blocks() && grid[first_ + i].finished(); ++i) {
+    if (visible == folded_at_ && weights_[i] > 0.0) continue;
+    weights_[i] = weights_[i] * left + (1.0 - left);
+  }
+  keep_ = left;
+  folded_at_ = visible;
+}
+
 double LayerScores::score(const Grid& grid, std::size_t head, std::size_t index) const noexcept {
-  if (!is_measured(head, index)) return -1.0;
-  const ScoreRecord& record = *records_[at(head, index)];
+  constexpr double kUnknown = std::numeric_limits<double>::quiet_NaN();
+  if (is_external_) {
+    const bool held = index >= first_ && index - first_ < blocks() && bool{records_[at(head, index)]};
+    return held ? external_[at(head, index)] : kUnknown;
+  }
+  if (!is_measured(head, index)) return kUnknown;
+  const ScoreRecord& record = records_[at(head, index)];
   const std::size_t tokens = grid[index].tokens;
   const std::size_t heaviest = std::min(kernels::kHeaviest, tokens);
   const double sum = kernels::importance().heaviest(record.average(), record.norm(), tokens);
@@ -135,9 +165,25 @@ double LayerScores::score(const Grid& grid, std::size_t head, std::size_t index)
   return sum / static_cast<double>(heaviest) / weights_[index - first_] / static_cast<double>(kMassUnit);
 }
 
+void LayerScores::set_external(std::span<const double> scores, std::size_t grid_size) {
+  for (std::size_t i = 0; i < records_.size(); ++i) {
+    external_[i] = scores[i % heads_ * grid_size + first_ + i / heads_];
+  }
+}
+
+float LayerScores::token_mass(std::size_t head, std::size_t index, std::size_t token) const noexcept {
+  if (!is_measured(head, index)) return std::numeric_limits<float>::quiet_NaN();
+  const double average = f16_to_f32(records_[at(head, index)].average()[token]);
+  return static_cast<float>(average / weights_[index - first_] / static_cast<double>(kMassUnit));
+}
+
+float LayerScores::token_norm(std::size_t head, std::size_t index, std::size_t token) const noexcept {
+  return f16_to_f32(records_[at(head, index)].norm()[token]);
+}
+
 double LayerScores::mass(const Grid& grid, std::size_t head, std::size_t index) const noexcept {
   if (!is_measured(head, index)) return -1.0;
-  const std::uint16_t* average = records_[at(head, index)]->average();
+  const std::uint16_t* average = records_[at(head, index)].average();
   float values[kBlockTokens];
   kernels::convert().f16_to_f32(average, grid[index].tokens, values);
   const double sum = std::accumulate(values, values + grid[index].tokens, 0.0);
@@ -145,8 +191,9 @@ double LayerScores::mass(const Grid& grid, std::size_t head, std::size_t index) 
 }
 
 std::size_t LayerScores::bytes() const noexcept {
-  const auto none = static_cast<std::size_t>(std::count(records_.begin(), records_.end(), nullptr));
-  return (records_.size() - none) * ScoreRecord::kBytes;
+  const auto held =
+      std::count_if(records_.begin(), records_.end(), [](const ScoreRecord& record) { return bool{record}; });
+  return static_cast<std::size_t>(held) * ScoreRecord::kBytes;
 }
 
 }  // namespace inferos::kv

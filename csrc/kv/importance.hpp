@@ -8,8 +8,8 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <memory>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "core/arena.hpp"
@@ -20,35 +20,42 @@ namespace inferos::kv {
 
 inline constexpr std::int64_t kMassInterval = 8;  // tokens between two samples of the attention mass
 
-// The tokens of one block of one head, fp16, in the arena.
+// The tokens of one block of one head, fp16, in the arena; or nothing, where the block was evicted.
 class ScoreRecord {
  public:
-  explicit ScoreRecord(Arena& arena)
-      : arena_(arena), data_(reinterpret_cast<std::uint16_t*>(arena.allocate(kBytes, ArenaTag::kScore))) {}
-  ~ScoreRecord() { arena_.release(reinterpret_cast<std::byte*>(data_), kBytes, ArenaTag::kScore); }
-  ScoreRecord(const ScoreRecord&) = delete;
-  ScoreRecord& operator=(const ScoreRecord&) = delete;
+  ScoreRecord() = default;
+  explicit ScoreRecord(Arena& arena)  // Error{kBudget}
+      : arena_(&arena), data_(reinterpret_cast<std::uint16_t*>(arena.allocate(kBytes, ArenaTag::kScore))) {}
+  ScoreRecord(ScoreRecord&& other) noexcept : arena_(other.arena_), data_(std::exchange(other.data_, nullptr)) {}
+  ScoreRecord& operator=(ScoreRecord&& other) noexcept {
+    std::swap(arena_, other.arena_);
+    std::swap(data_, other.data_);
+    return *this;
+  }
+  ~ScoreRecord() {
+    if (data_ != nullptr) arena_->release(reinterpret_cast<std::byte*>(data_), kBytes, ArenaTag::kScore);
+  }
 
+  explicit operator bool() const noexcept { return data_ != nullptr; }
   std::uint16_t* average() const noexcept { return data_; }  // of the mass, times kMassUnit
   std::uint16_t* norm() const noexcept { return data_ + kBlockTokens; }
 
   static constexpr std::size_t kBytes = 2 * kBlockTokens * sizeof(std::uint16_t);
 
  private:
-  Arena& arena_;
-  std::uint16_t* data_;
+  Arena* arena_ = nullptr;
+  std::uint16_t* data_ = nullptr;
 };
-
-using ScorePtr = std::unique_ptr<ScoreRecord>;
 
 class LayerScores {
  public:
   // `gamma`: decay of an average, per token, 0 < gamma < 1. `wanted`: whether anything follows from the scores; else none are measured.
-  LayerScores(const LayerShape& shape, double gamma, bool wanted);
+  // `external`: the scores are those of set_external.
+  LayerScores(const LayerShape& shape, double gamma, bool wanted, bool external);
 
   // Records for `fresh` new grid entries, by grid index, then head. Error{kBudget}.
-  std::vector<ScorePtr> reserve(Arena& arena, std::size_t fresh);
-  void place(std::vector<ScorePtr>& fresh) noexcept;
+  std::vector<ScoreRecord> reserve(Arena& arena, std::size_t fresh);
+  void place(std::vector<ScoreRecord>& fresh) noexcept;
   // Tokens from..to-1; v: [to - from][kv_heads][head_dim].
   void write(const Grid& grid, std::int64_t from, std::int64_t to, const float* v) noexcept;
   // After the grid was truncated. A rewind also sets the clock back; a rollback does not: the step runs again, and what it
@@ -60,32 +67,48 @@ class LayerScores {
 
   // Whether the kernel should yield the mass of a step that makes `visible` tokens visible.
   bool wants_mass(const Grid& grid, std::int64_t visible) const noexcept;
-  void fold(const Grid& grid, std::span<const float> mass, std::int64_t visible) noexcept;  // mass: [kv_heads][visible]
+  void fold(const Grid& grid, std::size_t head, std::span<const float> mass) const noexcept;  // mass: [visible]
+  void folded(const Grid& grid, std::int64_t visible) noexcept;                               // all heads are
 
-  double score(const Grid& grid, std::size_t head,
-               std::size_t index) const noexcept;  // < 0 where nothing was measured yet, or the block was evicted
+  // From the next step on.
+  void set_gamma(double gamma) noexcept { gamma_ = gamma; }
+  void set_wanted(bool wanted) noexcept { wanted_ = wanted; }
+  // What the blocks are worth in somebody else's eyes, [kv_heads][grid size]; NaN = unknown, as a block is that comes later. Takes the
+  // place of the score from now on.
+  void set_external(std::span<const double> scores, std::size_t grid_size);
+
+  // NaN where nothing is known yet, or the block was evicted.
+  double score(const Grid& grid, std::size_t head, std::size_t index) const noexcept;
+  // Of a token of the block: its averaged probability (NaN where that was not measured yet) and the norm of its value. The block is held.
+  float token_mass(std::size_t head, std::size_t index, std::size_t token) const noexcept;
+  float token_norm(std::size_t head, std::size_t index, std::size_t token) const noexcept;
   // The averaged share of the attention that a block receives, 0..1; < 0 where nothing was measured yet.
   double mass(const Grid& grid, std::size_t head, std::size_t index) const noexcept;
-  void evicted(std::size_t head, std::size_t index) noexcept { records_[at(head, index)].reset(); }
+  void evicted(std::size_t head, std::size_t index) noexcept {
+    ScoreRecord gone = std::move(records_[at(head, index)]);
+  }
   std::size_t bytes() const noexcept;
 
  private:
   std::size_t at(std::size_t head, std::size_t index) const noexcept { return (index - first_) * heads_ + head; }
   std::size_t blocks() const noexcept { return weights_.size(); }
+  double keep_at(std::int64_t visible) const noexcept;
   bool is_measured(std::size_t head, std::size_t index) const noexcept {
     return index >= first_ && index - first_ < blocks() && weights_[index - first_] > 0.0 &&
-           records_[at(head, index)] != nullptr;
+           bool{records_[at(head, index)]};
   }
 
   std::size_t heads_;
   std::size_t head_dim_;
   double gamma_;
   bool wanted_;
-  std::size_t first_ = 0;          // grid index of the first block held
-  std::int64_t folded_at_ = 0;     // visible tokens at the last sample
-  double keep_ = 0.0;              // what the last sample left of the averages
-  std::vector<ScorePtr> records_;  // at(head, index); nullptr = the block was evicted
-  std::vector<double> weights_;    // per block: what the average's weights sum to, 0 before the first sample
+  std::size_t first_ = 0;             // grid index of the first block held
+  std::int64_t folded_at_ = 0;        // visible tokens at the last sample
+  double keep_ = 0.0;                 // what the last sample left of the averages
+  std::vector<ScoreRecord> records_;  // at(head, index)
+  bool is_external_;
+  std::vector<double> external_;  // at(head, index), where they are
+  std::vector<double> weights_;   // per block: what the average's weights sum to, 0 before the first sample
 };
 
 }  // namespace inferos::kv

@@ -130,7 +130,7 @@ void LayerStore::settle(const Grid& grid, std::size_t head, Reservation& reserva
     if (demotion.head != head) continue;
     const Block& old = *heads_[head].blocks[demotion.index - first_];
     if (old.format() >= demotion.format) continue;  // what was due has just become that narrow
-    convert_block(old, grid[demotion.index].tokens, shape_.head_dim, *demotion.block);
+    demote_block(grid, head, demotion.index, *demotion.block);
     replace(head, grid[demotion.index], demotion.index, std::move(demotion.block));
   }
 }
@@ -165,6 +165,29 @@ void LayerStore::write(const Grid& grid, std::size_t head, std::int64_t from, st
     if (views.empty() || views.back().start != entry.start) views.push_back(view_of(block, entry.start, 0));
     views.back().end = static_cast<std::uint16_t>(end - entry.start);
     p = end;
+  }
+}
+
+// Both versions are there: of every 4th block their difference is taken. Evenly over the heads, and by place only.
+void LayerStore::demote_block(const Grid& grid, std::size_t head, std::size_t index, Block& to) {
+  constexpr std::size_t kSampled = 4;
+  const Block& from = *heads_[head].blocks[index - first_];
+  convert_block(from, grid[index].tokens, shape_.head_dim, to);
+  if ((index + head) % kSampled != 0) return;
+  const BlockError error = block_error(from, to, grid[index].tokens, shape_.head_dim);
+  DemotionError& sum = heads_[head].errors[index_of(to.format())];
+  sum.blocks += 1;
+  sum.k += error.k;
+  sum.v += error.v;
+}
+
+void LayerStore::add_errors(std::array<DemotionError, kernels::kFormats>& total) const noexcept {
+  for (const Head& head : heads_) {
+    for (std::size_t f = 0; f < kernels::kFormats; ++f) {
+      total[f].blocks += head.errors[f].blocks;
+      total[f].k += head.errors[f].k;
+      total[f].v += head.errors[f].v;
+    }
   }
 }
 
@@ -221,7 +244,7 @@ bool LayerStore::demote(Arena& arena, const Grid& grid, std::size_t head, std::s
   if (format <= old.format()) return false;
   auto packed = std::make_shared<Block>(arena, format, shape_.head_dim, kBlockTokens);
   make_room(streams_[head].by_format[index_of(format)], 1);
-  convert_block(old, grid[index].tokens, shape_.head_dim, *packed);
+  demote_block(grid, head, index, *packed);
   replace(head, grid[index], index, std::move(packed));
   return true;
 }

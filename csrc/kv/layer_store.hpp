@@ -36,6 +36,13 @@ struct TierBytes {
   std::size_t evicted;                                // token-heads that were evicted
 };
 
+// What demotion to a format does to blocks, of those that were measured: a fourth of them.
+struct DemotionError {
+  std::size_t blocks = 0;
+  double k = 0.0;  // sum over the blocks of |new - old|^2 / |old|^2
+  double v = 0.0;
+};
+
 // A block of one head that is to become narrower.
 struct Demotion {
   std::size_t head;
@@ -62,6 +69,7 @@ class LayerStore {
   std::span<const HeadStreams> streams() const noexcept { return streams_; }
   std::size_t first() const noexcept { return first_; }  // first grid index still held
 
+  void set_leaving(Format leaving) noexcept { leaving_ = leaving; }
   bool is_behind(const Grid& grid) const noexcept { return settled_ < grid.due(); }
   // Blocks for what is due, for `demotions`, for `fresh` new grid entries (and the sinks, where `sinks`), and room in every list.
   Reservation reserve(Arena& arena, const Grid& grid, std::vector<Demotion> demotions, std::size_t fresh, bool sinks);
@@ -108,10 +116,13 @@ class LayerStore {
   LayerStore fork(Arena& arena) const;
   void read(const Grid& grid, std::size_t head, std::int64_t position, float* k, float* v, Format* format) const;
   void count(const Grid& grid, TierBytes& total) const noexcept;
+  // What demotions changed, added to `total`.
+  void add_errors(std::array<DemotionError, kernels::kFormats>& total) const noexcept;
 
  private:
   struct Head {
     BlockPtr sink;
+    std::array<DemotionError, kernels::kFormats> errors{};
     std::vector<BlockPtr> blocks;  // grid index - first_; nullptr = evicted
   };
 
@@ -120,6 +131,7 @@ class LayerStore {
   void settle(const Grid& grid, std::size_t head, Reservation& reservation);
   void write(const Grid& grid, std::size_t head, std::int64_t from, std::int64_t to, const float* k,
              const float* v) noexcept;
+  void demote_block(const Grid& grid, std::size_t head, std::size_t index, Block& to);
   void replace(std::size_t head, const GridEntry& entry, std::size_t index, BlockPtr packed) noexcept;
 
   LayerShape shape_;

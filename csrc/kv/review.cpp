@@ -30,7 +30,6 @@ void LayerReview::truncate(const Grid& grid) noexcept {
   if (grid.size() < first_) first_ = 0;
   const std::size_t held = std::min(grid.size() - first_, verdicts_.size() / heads_);
   verdicts_.resize(held * heads_);
-  cursor_ = std::min(cursor_, verdicts_.size());
   if (held == 0 || grid[first_ + held - 1].finished()) return;
   // The last block takes tokens again: what was decided before is not about them.
   std::fill(verdicts_.end() - static_cast<std::ptrdiff_t>(heads_), verdicts_.end(), Verdict{});
@@ -42,7 +41,6 @@ void LayerReview::set_back(std::int64_t length) noexcept {
 }
 
 void LayerReview::forget_before(std::size_t first) noexcept {
-  cursor_ -= std::min(cursor_, (first - first_) * heads_);
   drop_front(verdicts_, (first - first_) * heads_);
   first_ = first;
 }
@@ -80,8 +78,10 @@ std::span<LayerReview::Ranked> LayerReview::rank(const Grid& grid, const LayerSt
       continue;
     }
     const double worth = scores_[at(head, index)];
-    const Format format = std::max(store.format(head, index), verdicts_[at(head, index)].held);
-    ranking_.push_back({worth, index, level_of(format), format, worth >= 0.0});
+    const Format waiting = std::min(verdicts_[at(head, index)].held, narrowest_);
+    const Format format = std::max(store.format(head, index), waiting);
+    const bool measured = !std::isnan(worth);
+    ranking_.push_back({measured ? worth : 0.0, index, level_of(format), format, measured});
   }
   const auto place = [](const Ranked& block) { return block.level == Level::kL3 ? 0 : block.measured ? 1 : 2; };
   std::sort(ranking_.begin(), ranking_.end(), [&](const Ranked& a, const Ranked& b) {
@@ -105,6 +105,13 @@ void LayerReview::demote_lowest(Level level, double share) noexcept {
   }
 }
 
+// Verdicts that are not carried out yet.
+void LayerReview::drop_waiting(const LayerStore& store, std::size_t head) noexcept {
+  for (std::size_t index = first_; index < first_ + verdicts_.size() / heads_; ++index) {
+    if (store.holds(head, index)) verdicts_[at(head, index)].held = store.format(head, index);
+  }
+}
+
 bool LayerReview::is_due(std::int64_t length) const noexcept {
   return narrowest_ != Format::kF16 && (length + phase_) / kReviewInterval != (reviewed_at_ + phase_) / kReviewInterval;
 }
@@ -115,6 +122,7 @@ void LayerReview::review(const Grid& grid, const LayerStore& store, const LayerS
   reviewed_at_ = length;
   measure(grid, scores);
   for (std::size_t head = 0; head < heads_; ++head) {
+    if (changed_) drop_waiting(store, head);
     rank(grid, store, head);
     demote_lowest(Level::kL2, 1.0 - thresholds_.l2);
     demote_lowest(Level::kL1, 1.0 - thresholds_.l1);
@@ -128,18 +136,22 @@ void LayerReview::review(const Grid& grid, const LayerStore& store, const LayerS
       verdict.evictable = goes ? std::min<std::uint8_t>(verdict.evictable + 1, kEvictableReviews) : std::uint8_t{0};
     }
   }
-  cursor_ = 0;
+  cursor_ = {0, first_};
+  changed_ = false;
 }
 
 std::vector<Demotion> LayerReview::next_demotions(const LayerStore& store, std::int64_t length) {
   std::vector<Demotion> next;
   next_cursor_ = cursor_;
   if (demoted_at_ == length) return next;
-  for (; next_cursor_ < verdicts_.size() && next.size() < kDemotionsPerStep; ++next_cursor_) {
-    const std::size_t index = first_ + next_cursor_ / heads_;
-    const std::size_t head = next_cursor_ % heads_;
-    const Format held = verdicts_[next_cursor_].held;
-    if (store.holds(head, index) && held > store.format(head, index)) next.push_back({head, index, held, nullptr});
+  const std::size_t end = first_ + verdicts_.size() / heads_;
+  for (; next_cursor_.head < heads_; next_cursor_ = {next_cursor_.head + 1, first_}) {
+    const std::size_t head = next_cursor_.head;
+    for (std::size_t& index = next_cursor_.index; (index = std::max(index, first_)) < end; ++index) {
+      if (next.size() == kDemotionsPerStep) return next;
+      const Format held = std::min(verdicts_[at(head, index)].held, narrowest_);
+      if (store.holds(head, index) && held > store.format(head, index)) next.push_back({head, index, held, nullptr});
+    }
   }
   return next;
 }

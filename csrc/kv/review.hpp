@@ -37,6 +37,16 @@ class LayerReview {
   // `phase`, 0..63: how many tokens before the others this layer is reviewed, so that one step does not pay for all layers.
   LayerReview(std::size_t heads, const Thresholds& thresholds, Format narrowest, bool evictable, std::int64_t phase);
 
+  // In force from the next review; a verdict that waits to be carried out goes no further than `narrowest`.
+  void set_thresholds(const Thresholds& thresholds) noexcept {
+    thresholds_ = thresholds;
+    changed_ = true;
+  }
+  void set_limits(Format narrowest, bool evictable) noexcept {
+    narrowest_ = narrowest;
+    evictable_ = evictable;
+  }
+
   Format narrowest() const noexcept { return narrowest_; }
   bool evictable() const noexcept { return evictable_ && level_of(narrowest_) == Level::kL2; }
   static Level level_of(Format format) noexcept { return static_cast<Level>(std::min(static_cast<int>(format), 2)); }
@@ -53,7 +63,7 @@ class LayerReview {
   // Due once every 64 tokens; the verdicts that hold become the backlog.
   bool is_due(std::int64_t length) const noexcept;
   void review(const Grid& grid, const LayerStore& store, const LayerScores& scores, std::int64_t length) noexcept;
-  bool has_backlog() const noexcept { return cursor_ < verdicts_.size(); }
+  bool has_backlog() const noexcept { return cursor_.head < heads_; }
   // A few of the backlog for the step behind `length` tokens, so that no single step pays for a whole review; none where that step
   // has taken its share before it was rolled back. Block pointers are still empty.
   std::vector<Demotion> next_demotions(const LayerStore& store, std::int64_t length);
@@ -61,7 +71,7 @@ class LayerReview {
 
   // One block outside the window in the order of worth: evicted ones, measured ones by score, those not measured yet by age.
   struct Ranked {
-    double score;  // < 0 = not measured
+    double score;  // where it was measured
     std::size_t index;
     Level level;     // what it is, or is to become when its verdict is carried out
     Format verdict;  // the same; not where it was evicted
@@ -87,21 +97,29 @@ class LayerReview {
     double mass = 0.0;           // when it was evicted
   };
 
+  struct
+      Cursor {  // head by head, so that a head's blocks follow each other in memory: a stream that jumps is read more slowly
+    std::size_t head = SIZE_MAX;
+    std::size_t index = 0;  // in the grid
+  };
+
   std::size_t at(std::size_t head, std::size_t index) const noexcept { return (index - first_) * heads_ + head; }
   static std::size_t allowed(double share, std::size_t n) noexcept;
   Format format_of(Level level) const noexcept;
   void demote_lowest(Level level, double share) noexcept;
+  void drop_waiting(const LayerStore& store, std::size_t head) noexcept;
 
   std::size_t heads_;
   Thresholds thresholds_;
   Format narrowest_;
   bool evictable_;
   std::int64_t phase_;
+  bool changed_ = false;           // verdicts that wait are of other thresholds
   std::size_t first_ = 0;          // grid index of the first block held
   std::int64_t reviewed_at_ = 0;   // committed tokens at the last review
   std::int64_t demoted_at_ = -1;   // committed tokens when the last few were demoted
-  std::size_t cursor_ = 0;         // verdicts below it are carried out
-  std::size_t next_cursor_ = 0;    // the same, once the open step has demoted its share
+  Cursor cursor_;                  // verdicts before it are carried out
+  Cursor next_cursor_;             // the same, once the open step has demoted its share
   std::vector<Verdict> verdicts_;  // at(head, index)
   std::vector<double> scores_;     // scratch of a review, at(head, index)
   std::vector<Ranked> ranking_;    // scratch of a review, one entry per block

@@ -69,7 +69,7 @@ void check(const CacheOptions& options) {
 
 struct LayerStep {
   Reservation blocks;
-  std::vector<ScorePtr> scores;
+  std::vector<ScoreRecord> scores;
 };
 
 // Memory taken for the open step, and how far it is.
@@ -83,15 +83,19 @@ Level max_level(const CacheOptions& options, std::size_t layer) noexcept {
   return options.policy->max_levels.empty() ? Level::kL3 : options.policy->max_levels[layer];
 }
 
-// What a block of this layer may become at most.
-Format narrowest(const CacheOptions& options, std::size_t layer) noexcept {
-  if (!options.policy || max_level(options, layer) >= Level::kL2) return options.formats[layer];
+// What a block of this layer may become at most. `bears_int4`: whether its keys do.
+Format narrowest_of(const CacheOptions& options, std::size_t layer, bool bears_int4) noexcept {
+  if (!options.policy) return options.formats[layer];
+  const bool spared = options.policy->check_keys && !bears_int4;
+  if (max_level(options, layer) >= Level::kL2) {
+    return spared ? std::min(Format::kK8V4, options.formats[layer]) : options.formats[layer];
+  }
   return max_level(options, layer) == Level::kL1 ? std::min(Format::kInt8, options.formats[layer]) : Format::kF16;
 }
 
 // What a block of this layer becomes when it leaves the window.
 Format leaving(const CacheOptions& options, std::size_t layer) noexcept {
-  const Format most = narrowest(options, layer);
+  const Format most = narrowest_of(options, layer, false);
   if (!options.policy) return most;
   return options.policy->thresholds.l1 >= 1.0 ? std::min(Format::kInt8, most) : Format::kF16;
 }
@@ -109,13 +113,16 @@ struct SequenceCache::State {
   std::vector<LayerStore> layers;
   std::vector<LayerScores> scores;   // per layer, or empty without a policy
   std::vector<LayerReview> reviews;  // the same
+  std::vector<LayerKeys> keys;       // per layer
 
   State(CacheOptions given, std::shared_ptr<Arena> memory)
       : options(std::move(given)),
         arena(std::move(memory)),
         appended_in(options.layers.size(), 0),
-        grids{Grid(static_cast<std::int32_t>(options.sink_tokens)), Grid(0)} {}
+        grids{Grid(static_cast<std::int32_t>(options.sink_tokens)), Grid(0)},
+        keys(options.layers.size()) {}
 
+  Format narrowest(std::size_t layer) const noexcept { return narrowest_of(options, layer, keys[layer].is_safe()); }
   bool slides(std::size_t layer) const noexcept { return options.layers[layer].local_window >= 0; }
   Grid& grid(std::size_t layer) noexcept { return grids[slides(layer) ? 1 : 0]; }
   const Grid& grid(std::size_t layer) const noexcept { return grids[slides(layer) ? 1 : 0]; }
@@ -243,6 +250,7 @@ struct SequenceCache::State {
     truncate(to);
     for (LayerScores& layer : scores) layer.set_back(to);
     for (LayerReview& layer : reviews) layer.set_back(to);
+    for (LayerKeys& layer : keys) layer.set_back(to);
   }
 
   // A block that is packed in one layer takes no more tokens in any.
@@ -269,8 +277,9 @@ SequenceCache::SequenceCache(CacheOptions options, std::shared_ptr<Arena> arena)
     s.layers.emplace_back(s.options.layers[i], leaving(s.options, i), s.slides(i) ? 0 : s.options.sink_tokens);
     if (!s.options.policy) continue;
     const std::size_t phase = i * static_cast<std::size_t>(kReviewInterval) / s.options.layers.size();
-    s.scores.emplace_back(s.options.layers[i], s.options.policy->gamma, narrowest(s.options, i) != Format::kF16);
-    s.reviews.emplace_back(s.options.layers[i].kv_heads, s.options.policy->thresholds, narrowest(s.options, i),
+    s.scores.emplace_back(s.options.layers[i], s.options.policy->gamma, s.narrowest(i) != Format::kF16,
+                          s.options.policy->external);
+    s.reviews.emplace_back(s.options.layers[i].kv_heads, s.options.policy->thresholds, s.narrowest(i),
                            max_level(s.options, i) == Level::kL3, static_cast<std::int64_t>(phase));
   }
 }
@@ -389,15 +398,14 @@ bool SequenceCache::wants_mass(std::size_t layer) const {
          s.scores[layer].wants_mass(s.grid(layer), s.length + s.step.tokens);
 }
 
-void SequenceCache::fold_mass(std::size_t layer, std::span<const float> mass) {
-  if (!wants_mass(layer)) return;
+void SequenceCache::fold_mass(std::size_t layer, std::size_t head, std::span<const float> mass) noexcept {
+  const State& s = *state_;
+  s.scores[layer].fold(s.grid(layer), head, mass);
+}
+
+void SequenceCache::mass_folded(std::size_t layer) noexcept {
   State& s = *state_;
-  const std::int64_t visible = s.length + s.step.tokens;
-  const std::size_t wanted = s.options.layers[layer].kv_heads * static_cast<std::size_t>(visible);
-  if (mass.size() != wanted) {
-    throw Error(ErrorCode::kShape, "fold_mass: " + text(mass.size()) + " values, wanted " + text(wanted));
-  }
-  s.scores[layer].fold(s.grid(layer), mass, visible);
+  s.scores[layer].folded(s.grid(layer), s.length + s.step.tokens);
 }
 
 double SequenceCache::score(std::size_t layer, std::size_t head, std::size_t index) const {
@@ -407,7 +415,94 @@ double SequenceCache::score(std::size_t layer, std::size_t head, std::size_t ind
     throw Error(ErrorCode::kShape,
                 "score: head " + text(head) + ", block " + text(index) + " of " + text(s.grid(layer).size()));
   }
-  return s.scores.empty() ? -1.0 : s.scores[layer].score(s.grid(layer), head, index);
+  return s.scores.empty() ? std::numeric_limits<double>::quiet_NaN()
+                          : s.scores[layer].score(s.grid(layer), head, index);
+}
+
+bool SequenceCache::wants_key_check(std::size_t layer) const {
+  const State& s = *state_;
+  s.check_layer("wants_key_check", layer);
+  if (!s.options.policy || !s.options.policy->check_keys || s.options.formats[layer] != Format::kInt4) return false;
+  const Grid& grid = s.grid(layer);
+  return s.has_appended(layer) && grid.size() != 0 && grid[0].finished() &&
+         s.keys[layer].is_due(s.length + s.step.tokens);
+}
+
+void SequenceCache::keys_checked(std::size_t layer, double divergence) noexcept {
+  State& s = *state_;
+  s.keys[layer].checked(s.length + s.step.tokens, divergence);
+  s.reviews[layer].set_limits(s.narrowest(layer), max_level(s.options, layer) == Level::kL3);
+}
+
+Format SequenceCache::narrowest(std::size_t layer) const {
+  state_->check_layer("narrowest", layer);
+  return state_->narrowest(layer);
+}
+
+void SequenceCache::set_policy(Policy policy, std::vector<Format> formats, std::size_t recent_window) {
+  State& s = *state_;
+  s.check_no_step("set_policy");
+  if (!s.options.policy) throw Error(ErrorCode::kConfig, "set_policy: only an auto cache goes by a policy");
+  CacheOptions changed = s.options;
+  changed.policy = std::move(policy);
+  changed.formats = std::move(formats);
+  changed.recent_window = recent_window;
+  check(changed);
+  if (changed.policy->external != s.options.policy->external) {
+    throw Error(ErrorCode::kConfig, "set_policy: the scorer of a cache does not change");
+  }
+  s.options = std::move(changed);  // nothing below can fail
+  for (std::size_t i = 0; i < s.layers.size(); ++i) {
+    s.layers[i].set_leaving(leaving(s.options, i));
+    s.scores[i].set_gamma(s.options.policy->gamma);
+    s.scores[i].set_wanted(s.narrowest(i) != Format::kF16);
+    s.reviews[i].set_thresholds(s.options.policy->thresholds);
+    s.reviews[i].set_limits(s.narrowest(i), max_level(s.options, i) == Level::kL3);
+  }
+}
+
+void SequenceCache::set_scores(std::size_t layer, std::span<const double> scores) {
+  State& s = *state_;
+  s.check_layer("set_scores", layer);
+  s.check_no_step("set_scores");
+  if (!s.options.policy || !s.options.policy->external) {
+    throw Error(ErrorCode::kConfig, "set_scores: only an auto cache with the external scorer takes scores");
+  }
+  const std::size_t blocks = s.grid(layer).size();
+  if (scores.size() != blocks * s.options.layers[layer].kv_heads) {
+    throw Error(ErrorCode::kShape, "set_scores: " + text(scores.size()) + " scores for " + text(blocks) +
+                                       " blocks of " + text(s.options.layers[layer].kv_heads) + " kv heads");
+  }
+  s.scores[layer].set_external(scores, blocks);
+}
+
+bool SequenceCache::review_due(std::size_t layer) const {
+  const State& s = *state_;
+  s.check_layer("review_due", layer);
+  return !s.reviews.empty() && s.reviews[layer].is_due(s.length + 1);
+}
+
+TokenStatistics SequenceCache::token_statistics(std::size_t layer, std::size_t head) const {
+  const State& s = *state_;
+  s.check_layer("token_statistics", layer);
+  if (head >= s.options.layers[layer].kv_heads) {
+    throw Error(ErrorCode::kShape,
+                "token_statistics: head " + text(head) + " of " + text(s.options.layers[layer].kv_heads));
+  }
+  const LayerScores* scores = s.scores.empty() ? nullptr : &s.scores[layer];
+  return kv::token_statistics(s.layers[layer], scores, s.grid(layer), head, s.length);
+}
+
+std::pair<std::int64_t, std::int64_t> SequenceCache::block_span(std::size_t layer, std::size_t index) const {
+  state_->check_layer("block_span", layer);
+  const GridEntry& entry = state_->grid(layer)[index];
+  return {entry.start, entry.end()};
+}
+
+std::array<DemotionError, kernels::kFormats> SequenceCache::demotion_errors() const {
+  std::array<DemotionError, kernels::kFormats> total{};
+  for (const LayerStore& layer : state_->layers) layer.add_errors(total);
+  return total;
 }
 
 std::span<const HeadStreams> SequenceCache::streams(std::size_t layer) const {
@@ -447,6 +542,7 @@ std::unique_ptr<SequenceCache> SequenceCache::fork() const {
   for (std::size_t i = 0; i < s.layers.size(); ++i) c.layers[i] = s.layers[i].fork(*s.arena);
   for (std::size_t i = 0; i < s.scores.size(); ++i) c.scores[i] = s.scores[i].fork(*s.arena);
   for (std::size_t i = 0; i < s.reviews.size(); ++i) c.reviews[i] = s.reviews[i].fork();
+  c.keys = s.keys;
   return copy;
 }
 
@@ -522,7 +618,7 @@ TierBytes SequenceCache::tier_bytes() const {
     add(taken.blocks.sinks);
     for (const auto& fresh : taken.blocks.fresh) add(fresh);
     for (const Demotion& demotion : taken.blocks.demotions) add({demotion.block});
-    for (const ScorePtr& record : taken.scores) total.score_bytes += record == nullptr ? 0 : ScoreRecord::kBytes;
+    for (const ScoreRecord& record : taken.scores) total.score_bytes += record ? ScoreRecord::kBytes : 0;
   }
   for (const LayerScores& layer : state_->scores) total.score_bytes += layer.bytes();
   return total;

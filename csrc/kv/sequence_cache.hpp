@@ -16,20 +16,24 @@
 // Where a budget is used up, an `auto` cache makes room first (relief.hpp); any other refuses the step at once. A refused step
 // leaves every token that was held before it, some blocks perhaps narrower.
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <optional>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "core/arena.hpp"
 #include "core/executor.hpp"
 #include "kernels/block.hpp"
 #include "kv/importance.hpp"
+#include "kv/key_safety.hpp"
 #include "kv/layer_store.hpp"
 #include "kv/relief.hpp"
 #include "kv/review.hpp"
+#include "kv/token_statistics.hpp"
 
 namespace inferos::kv {
 
@@ -39,6 +43,8 @@ struct Policy {
   double gamma = 0.997;  // decay of the averaged attention mass, per token; 0 < gamma < 1
   Eviction eviction = Eviction::kPressure;
   Overflow overflow = Overflow::kError;
+  bool external = false;    // scores come from set_scores
+  bool check_keys = false;  // formats of kInt4 hold where a layer's keys bear it (key_safety.hpp), kK8V4 elsewhere
   std::vector<Level> max_levels{};  // per layer; empty = L3 for all. L2: no eviction; L1: INT8 at most; L0: FP16
 };
 
@@ -82,12 +88,31 @@ class SequenceCache {
   void commit();  // Error{kSequence} unless every layer has appended
   void rollback() noexcept;
 
-  // Whether the attention of this layer's appended step should yield its mass; and that mass, [kv_heads][visible_length(layer)].
-  // fold_mass ignores what is not wanted. Error{kShape}.
+  // Whether the attention of this layer's appended step should yield its mass. If so, what each head's tokens received, [visible_length(layer)],
+  // once for every head, in any order and on any thread; then mass_folded. Error{kShape} for a layer that is none.
   bool wants_mass(std::size_t layer) const;
-  void fold_mass(std::size_t layer, std::span<const float> mass);
-  // Importance of a block of the grid; < 0 where it is not measured.
+  void fold_mass(std::size_t layer, std::size_t head, std::span<const float> mass) noexcept;
+  void mass_folded(std::size_t layer) noexcept;
+  // Importance of a block of the grid; NaN where it is not known.
   double score(std::size_t layer, std::size_t head, std::size_t index) const;
+  // Whether the queries of this layer's appended step should be used to see what INT4 keys do to its softmax; and what they said, in nats.
+  bool wants_key_check(std::size_t layer) const;
+  void keys_checked(std::size_t layer, double divergence) noexcept;
+  // What a block of the layer becomes at most, as things stand.
+  Format narrowest(std::size_t layer) const;
+
+  // Changes what `auto` goes by: in force from the next review, the window from the next step. `formats` as in the options.
+  // Error{kSequence} while a step is open, Error{kConfig} and Error{kShape} for what is no policy or where there was none: nothing is changed.
+  void set_policy(Policy policy, std::vector<Format> formats, std::size_t recent_window);
+  // With Policy::external: the blocks' worth, [kv_heads][grid_blocks], NaN = unknown. Error{kConfig} otherwise, Error{kShape}.
+  void set_scores(std::size_t layer, std::span<const double> scores);
+  // Whether the next commit of one token reviews the layer.
+  bool review_due(std::size_t layer) const;
+  // Error{kShape}.
+  TokenStatistics token_statistics(std::size_t layer, std::size_t head) const;
+  // Positions start and end (exclusive) of a block of the grid.
+  std::pair<std::int64_t, std::int64_t> block_span(std::size_t layer, std::size_t index) const;  // index < grid_blocks
+  std::array<DemotionError, kernels::kFormats> demotion_errors() const;
 
   // Streams of the layer's heads, the open step's tokens included once appended.
   std::span<const HeadStreams> streams(std::size_t layer) const;

@@ -111,35 +111,19 @@ void append(std::vector<kv::Lease>& leases, const StepInputs& step, const Attrib
   }
 }
 
-// Memory for the attention mass of the rows whose cache asks for it: [kv_heads][visible tokens] each. Most steps want none.
-std::vector<std::vector<float>> mass_buffers(std::vector<kv::Lease>& leases, const StepInputs& step,
-                                             std::size_t layer) {
-  std::vector<std::vector<float>> mass(leases.size());
-  for (std::size_t row = 0; row < leases.size(); ++row) {
-    if (!leases[row]->wants_mass(layer)) continue;
-    const auto visible = static_cast<std::size_t>(leases[row]->visible_length(layer));
-    mass[row].resize(checked_mul(step.kv_heads, visible));
-  }
-  return mass;
-}
-
 void attend(std::vector<kv::Lease>& leases, const StepInputs& step, const Attributes& attributes, const float* q,
             float* out, Executor& executor) {
   const auto layer = static_cast<std::size_t>(attributes.layer);
   const std::size_t width = step.heads * step.d;
-  auto mass = mass_buffers(leases, step, layer);
   std::vector<attention::Row> rows;
   rows.reserve(step.batch);
   for (std::size_t row = 0; row < step.batch; ++row) {
     const std::size_t tokens = step.rows[row].tokens;
     const std::size_t offset = row * step.sequence * width;
-    rows.push_back({&*leases[row], q + offset, out + offset, tokens, mass[row].empty() ? nullptr : mass[row].data()});
+    rows.push_back({&*leases[row], q + offset, out + offset, tokens, nullptr});
     std::fill(out + offset + tokens * width, out + offset + step.sequence * width, 0.0f);
   }
   attention::run(rows, {layer, step.heads, attributes.scale, attributes.softcap}, executor);
-  for (std::size_t row = 0; row < step.batch; ++row) {
-    if (!mass[row].empty()) leases[row]->fold_mass(layer, mass[row]);
-  }
 }
 
 std::int64_t integer(Api api, const KernelInfo* info, const char* name, std::int64_t absent) {

@@ -15,8 +15,10 @@ import numpy.typing as npt
 
 from inferos import _core
 from inferos.errors import ConfigError, InferosError
+from inferos.kv.cache_policy import CachePolicy
+from inferos.kv.statistics import Float64, Int64, TokenStatistics
 
-__all__ = ["Arena", "ArenaStats", "KVCache", "KVStats", "KV_FORMATS", "LayerSpec", "library_path"]
+__all__ = ["Arena", "ArenaStats", "DemotionError", "KVCache", "KVStats", "KV_FORMATS", "LayerSpec", "library_path"]
 
 KV_FORMATS = ("f16", "int8", "k8v4", "int4", "auto")
 _DEFAULT_MAX_TOKENS = 1 << 30
@@ -105,6 +107,23 @@ class LayerSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class DemotionError:
+    """What narrowing did to blocks, measured when both versions were there, on a fourth of them.
+
+    Parameters
+    ----------
+    blocks : int
+        Measured.
+    k_nmse, v_nmse : float
+        Mean of |new - old|^2 / |old|^2 over these blocks.
+    """
+
+    blocks: int
+    k_nmse: float
+    v_nmse: float
+
+
+@dataclass(frozen=True, slots=True)
 class KVStats:
     """What one sequence holds.
 
@@ -122,6 +141,8 @@ class KVStats:
         Part of `total_bytes` that a fork holds as well.
     score_bytes : int
         Importance scores; 0 unless kv is auto.
+    demotion_error : Mapping[str, DemotionError]
+        By the format that blocks were demoted to; those to which none was are absent.
     evicted_token_heads : int
         Tokens that were evicted, summed over layers and kv heads.
     evicted_mass : float
@@ -139,6 +160,7 @@ class KVStats:
     shared_bytes: int
     score_bytes: int
     elements: int
+    demotion_error: Mapping[str, DemotionError]
     evicted_token_heads: int
     evicted_mass: float
 
@@ -172,13 +194,16 @@ class KVCache:
     thresholds : (float, float, float), default (1.0, 0.7, 0.3)
         For "auto": L1, L2 and L3, 0 <= L3 <= L2 <= L1 <= 1. Per layer and head at most 1 - L1 of the blocks
         outside the window stay FP16 and at most 1 - L2 stay FP16 or INT8; the lowest L3 may be evicted.
-    l2_format : {"k8v4", "int4"}, default "k8v4"
-        For "auto": the narrowest format.
+    l2_format : {"auto", "k8v4", "int4"}, default "k8v4"
+        For "auto": the narrowest format. "auto" measures, layer by layer and as the text goes on, how far INT4 keys would
+        move the attention of real queries, and keeps keys in INT8 (k8v4) where that is too far.
     max_levels : sequence of {"L0", "L1", "L2", "L3"}, optional
         Per layer, how far its blocks may go: L0 stays FP16, L1 INT8 at most, L2 as narrow as there is but not
         evicted, L3 all; L3 everywhere if absent.
     gamma : float, default 0.997
         For "auto": decay of the averaged attention mass, per token.
+    scorer : {"attention_ema", "external"}, default "attention_ema"
+        For "auto": where the importance of blocks comes from, measured attention or `set_scores`.
     eviction : {"pressure", "never"}, default "pressure"
         For "auto", once the arena's budget is used up and every block outside the window is at its narrowest:
         whether blocks may be evicted while that costs no head more than 1 % of its attention.
@@ -205,20 +230,18 @@ class KVCache:
         l2_format: str = "k8v4",
         max_levels: Sequence[str] | None = None,
         gamma: float = 0.997,
+        scorer: str = "attention_ema",
         eviction: str = "pressure",
         overflow: str = "error",
     ) -> None:
         if kv not in KV_FORMATS:
             raise ConfigError(f"kv: {kv!r} is not one of {', '.join(KV_FORMATS)}")
-        if l2_format not in ("k8v4", "int4"):
-            raise ConfigError(f"l2_format: {l2_format!r} is not one of k8v4, int4")
-        if len(thresholds) != 3:
-            raise ConfigError(f"thresholds: {thresholds!r} is not L1, L2 and L3")
+        self._policy = CachePolicy(thresholds, l2_format, max_levels, gamma, scorer, eviction, overflow, recent_window)
         self.layers = tuple(layers)
         self.kv = kv
         self.arena = Arena() if arena is None else arena
         shapes = [(layer.kv_heads, layer.head_dim, layer.local_window) for layer in self.layers]
-        narrowest = l2_format if kv == "auto" else kv
+        narrowest = self._policy.narrowest if kv == "auto" else kv
         self._own(
             _core.cache.open(
                 shapes,
@@ -227,7 +250,7 @@ class KVCache:
                 sink_tokens,
                 max_tokens,
                 self.arena._native,  # noqa: SLF001 - both classes are of this module
-                (list(thresholds), gamma, eviction, overflow, list(max_levels or [])) if kv == "auto" else None,
+                self._policy.native() if kv == "auto" else None,
             )
         )
 
@@ -319,7 +342,7 @@ class KVCache:
             Logits become softcap * tanh(logits / softcap); 0 = none.
         mass : bool, default False
             Also return the probability each token received: the mean over the query heads of its kv head and
-            over the last min(tokens, 64) queries; 0 for a position that is not held.
+            over every 4th of the last 64 queries, the newest one included; 0 for a position that is not held.
 
         Returns
         -------
@@ -374,8 +397,47 @@ class KVCache:
         handle = _core.cache.fork(self.handle)
         copy = object.__new__(type(self))
         copy.__dict__.update({name: value for name, value in self.__dict__.items() if not name.startswith("_")})
+        copy._policy = self._policy
         copy._own(handle)
         return copy
+
+    def set_policy(
+        self,
+        *,
+        thresholds: tuple[float, float, float] | None = None,
+        l2_format: str | None = None,
+        max_levels: Sequence[str] | None = None,
+        gamma: float | None = None,
+        recent_window: int | None = None,
+        eviction: str | None = None,
+        overflow: str | None = None,
+    ) -> None:
+        """Change what "auto" goes by; what is None stays. In force from the next review, the window from the next step.
+
+        Blocks never become wider again: what is narrower than the new rules ask for stays so.
+
+        Raises
+        ------
+        ConfigError
+            If the cache is not "auto", or a value is unknown or out of range; nothing is changed.
+        ShapeError
+            If `max_levels` are not one per layer; nothing is changed.
+        SequenceError
+            If a step is open; nothing is changed.
+        """
+        if self.kv != "auto":
+            raise ConfigError(f"set_policy: kv is {self.kv}; only an auto cache goes by a policy")
+        changes = {name: value for name, value in locals().items() if name != "self"}
+        policy = self._policy.changed(changes)
+        _core.cache.set_policy(
+            self.handle, policy.native(), [policy.narrowest] * len(self.layers), policy.recent_window
+        )
+        self._policy = policy
+
+    @property
+    def l2_formats(self) -> tuple[str, ...]:
+        """By layer, the narrowest format as things stand: with l2_format "auto" k8v4 until INT4 keys were measured to be safe."""
+        return tuple(_core.cache.narrowest(self.handle, layer) for layer in range(len(self.layers)))
 
     def demote(self, layer: int, head: int, block: int, kv: str) -> bool:
         """Pack block `block` of one head narrower: f16 -> int8 -> k8v4 -> int4, never back.
@@ -433,10 +495,52 @@ class KVCache:
         """Importance of every block of the grid (blocks,), NaN where it is not measured; only "auto" measures it."""
         return _core.cache.scores(self.handle, layer, head)
 
+    def block_spans(self, layer: int) -> tuple[Int64, Int64]:
+        """First position of every block of the grid (blocks,), and one past its last."""
+        spans = _core.cache.block_spans(self.handle, layer)
+        return spans[:, 0].copy(), spans[:, 1].copy()
+
+    def review_due(self, layer: int) -> bool:
+        """Whether the next commit of one token reviews the blocks of a layer; only "auto" reviews."""
+        return _core.cache.review_due(self.handle, layer)
+
+    def set_scores(self, layer: int, scores: Float64) -> None:
+        """What the blocks of a layer are worth, for a cache with the scorer "external". Its reviews rank by the newest.
+
+        Parameters
+        ----------
+        layer : int
+        scores : (kv_heads, blocks) float64
+            Higher = keep longer; NaN = unknown, which is never demoted, and so is a block that comes later.
+
+        Raises
+        ------
+        ConfigError
+            If the scorer is another.
+        ShapeError
+            If there are not `grid_blocks(layer)` scores a head.
+        SequenceError
+            If a step is open.
+        """
+        _core.cache.set_scores(self.handle, layer, np.ascontiguousarray(scores, np.float64))
+
+    def token_statistics(self, layer: int, head: int) -> TokenStatistics:
+        """What is known of the committed tokens that one head holds. Reads the keys back from all blocks: not for every step.
+
+        Raises
+        ------
+        ShapeError
+            If there is no such head.
+        """
+        return TokenStatistics(*_core.cache.token_statistics(self.handle, layer, head))
+
     def stats(self) -> KVStats:
         """What the sequence holds now."""
         raw = _core.cache.stats(self.handle)
-        return KVStats(total_bytes=sum(raw["bytes_by_format"].values()) + raw["score_bytes"], **raw)
+        errors = {name: DemotionError(*error) for name, error in raw.pop("demotion_error").items()}
+        return KVStats(
+            total_bytes=sum(raw["bytes_by_format"].values()) + raw["score_bytes"], demotion_error=errors, **raw
+        )
 
     def take_error(self) -> InferosError | None:
         """The typed error of the last call that failed inside ONNX Runtime on this handle, which is then forgotten."""

@@ -76,7 +76,7 @@ struct Result {
   std::vector<float> out, mass;
 };
 
-Result attend(const kv::SequenceCache& cache, const Shape& shape, const std::vector<float>& q, std::size_t tokens,
+Result attend(kv::SequenceCache& cache, const Shape& shape, const std::vector<float>& q, std::size_t tokens,
               Executor& executor) {
   Result result{std::vector<float>(q.size()),
                 std::vector<float>(shape.kv_heads * static_cast<std::size_t>(cache.visible_length(0)))};

@@ -200,14 +200,11 @@ class Harness {
     const auto count = static_cast<std::size_t>(tokens);
     const std::vector<float> q(count * kHeads * kDim, 0.1F);
     std::vector<float> out(q.size());
-    const bool scored = lease->wants_mass(layer);
-    std::vector<float> mass(scored ? kHeads * static_cast<std::size_t>(lease->visible_length(layer)) : 0);
-    const attention::Row row{&*lease, q.data(), out.data(), count, scored ? mass.data() : nullptr};
+    const attention::Row row{&*lease, q.data(), out.data(), count, nullptr};
     attention::run({&row, 1}, {layer, kHeads, 0.0F, 0.0F}, ThreadPool::process());
     // A mean of values within -2..2, a step of INT4 and its rotation aside.
     check(std::all_of(out.begin(), out.end(), [](float x) { return std::abs(x) <= 3.0F; }),
           "attention is out of range");
-    if (scored) lease->fold_mass(layer, mass);
   }
 
   // Every task runs once and what it wrote is seen by the caller, whose own tasks may call again.
