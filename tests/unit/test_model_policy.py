@@ -138,7 +138,7 @@ def test_a_scorer_decides_which_blocks_are_demoted(scorer: str) -> None:
 def test_mode_dynamic_tightens_under_pressure_and_gives_the_same_tokens_again() -> None:
     texts, thresholds = [], []
     for _ in range(2):
-        with opened(budget_bytes="1300KiB") as model:
+        with opened(budget_bytes="1300KiB", prefill_chunk=64) as model:
             sequence: Any = model.session.sequence()
             sequence.feed(PROMPT)
             picked = []
