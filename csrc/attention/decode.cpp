@@ -11,6 +11,7 @@
 
 #include "attention/plan.hpp"
 #include "core/cpu.hpp"
+#include "core/parts.hpp"
 #include "kernels/hadamard.hpp"
 
 namespace inferos::attention {
@@ -30,8 +31,6 @@ constexpr float kSkipped = 0x1p-24F;  // probabilities below this, all tokens of
 // The queries of a prefill that count for the mass: every 4th of the newest 64 ranks blocks as all of them do.
 constexpr std::size_t kMassQueries = 64;
 constexpr std::size_t kMassStride = 4;
-// Spans are handed to a thread as runs of neighbours: what comes next is known and fetched.
-constexpr std::size_t kRunsPerThread = 16;
 
 struct Job {  // one kv head of one row
   const float* q;
@@ -221,19 +220,21 @@ struct Call {
   std::vector<Job> jobs;
   std::vector<std::pair<std::size_t, std::size_t>> tasks;  // job, span
   std::vector<std::atomic<std::size_t>> unfinished;        // spans, by job
-  std::size_t runs;                                        // of neighbouring tasks
+  Parts parts;                                             // of the tasks, one for each thread
+
+  const std::byte* begin_of(std::size_t task) const noexcept {
+    if (task == Parts::kNone) return nullptr;
+    return span_begin(jobs[tasks[task].first], tasks[task].second);
+  }
 
   // The task that ends a job's last span merges it: no second pass over the pool.
-  static void run(void* context, std::size_t i) noexcept {
+  static void run(void* context, std::size_t own) noexcept {
     auto& call = *static_cast<Call*>(context);
-    const std::size_t end = call.tasks.size() * (i + 1) / call.runs;
-    for (std::size_t task = call.tasks.size() * i / call.runs; task < end; ++task) {
+    call.parts.work(own, [&call](std::size_t task, std::size_t then) noexcept {
       const auto [j, span] = call.tasks[task];
-      const std::byte* then = nullptr;
-      if (task + 1 < end) then = span_begin(call.jobs[call.tasks[task + 1].first], call.tasks[task + 1].second);
-      run_span(call.jobs[j], call.shape, span, then);
+      run_span(call.jobs[j], call.shape, span, call.begin_of(then));
       if (call.unfinished[j].fetch_sub(1, std::memory_order_acq_rel) == 1) finish(call.jobs[j], call.shape);
-    }
+    });
   }
 };
 
@@ -295,21 +296,22 @@ void decode_rows(std::span<const RowPlan> rows, const Shape& shape, Executor& ex
       jobs.push_back(job);
     }
   }
+  const std::size_t task_count = tasks.size();
   Call call{shape, std::move(jobs), std::move(tasks),
-            std::vector<std::atomic<std::size_t>>(rows.size() * shape.kv_heads), 1};
-  const std::size_t threads = executor.concurrency();
-  if (threads > 1) call.runs = std::min(call.tasks.size(), threads * kRunsPerThread);
+            std::vector<std::atomic<std::size_t>>(rows.size() * shape.kv_heads),
+            Parts(task_count, std::min(task_count, executor.concurrency()))};
   static thread_local Floats partials;
   static thread_local Floats masses;  // kept: fresh pages would cost more than what is computed
-  float* next_partial = partials.at_least(call.tasks.size() * partial_floats(shape));
+  float* next_partial = partials.at_least(task_count * partial_floats(shape));
   for (std::size_t j = 0; j < call.jobs.size(); ++j) {
     call.jobs[j].partials = next_partial;
     next_partial += call.jobs[j].spans * partial_floats(shape);
     call.unfinished[j].store(call.jobs[j].spans, std::memory_order_relaxed);
   }
-  const std::size_t wanted = place_masses(call.jobs, shape, call.runs == 1, nullptr);
-  if (wanted != 0) place_masses(call.jobs, shape, call.runs == 1, masses.at_least(wanted));
-  executor.parallel_for(call.runs, &Call::run, &call);
+  const bool alone = call.parts.size() == 1;
+  const std::size_t wanted = place_masses(call.jobs, shape, alone, nullptr);
+  if (wanted != 0) place_masses(call.jobs, shape, alone, masses.at_least(wanted));
+  executor.parallel_for(call.parts.size(), &Call::run, &call);
 }
 
 void add_prefill_mass(std::span<const RowPlan> rows, const Shape& shape, Executor& executor) {

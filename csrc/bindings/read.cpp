@@ -9,6 +9,7 @@
 #include "bindings/bindings.hpp"
 #include "core/aligned_buffer.hpp"
 #include "core/checked.hpp"
+#include "core/parts.hpp"
 #include "core/thread_pool.hpp"
 #include "kernels/read.hpp"
 
@@ -17,19 +18,22 @@ namespace {
 
 using kernels::kReadStep;
 
-// A range in equal parts, and the exclusive or of those done so far.
+// A range in equal slices, shared out as those of attention are, and the exclusive or of those done so far.
 struct Slices {
   std::uint64_t (*fold)(const std::byte* p, std::size_t n) noexcept;
   const std::byte* data;
   std::size_t steps;
-  std::size_t count = 1;
+  std::size_t count;
+  Parts parts;
   std::atomic<std::uint64_t> all{0};
 
-  static void fold_one(void* context, std::size_t i) {
+  static void run(void* context, std::size_t own) {
     auto& slices = *static_cast<Slices*>(context);
-    const std::size_t first = slices.steps * i / slices.count;
-    const std::size_t last = slices.steps * (i + 1) / slices.count;
-    slices.all.fetch_xor(slices.fold(slices.data + first * kReadStep, (last - first) * kReadStep));
+    slices.parts.work(own, [&slices](std::size_t i, std::size_t) noexcept {
+      const std::size_t first = slices.steps * i / slices.count;
+      const std::size_t last = slices.steps * (i + 1) / slices.count;
+      slices.all.fetch_xor(slices.fold(slices.data + first * kReadStep, (last - first) * kReadStep));
+    });
   }
 };
 
@@ -56,12 +60,12 @@ class ReadBuffer {
       throw Error(ErrorCode::kShape, "read: offset is " + std::to_string(offset) + " and bytes " +
                                          std::to_string(bytes) + ", wanted multiples of " + std::to_string(kReadStep));
     }
-    Slices slices{table(isa).fold, buffer_.data() + first, count / kReadStep};
-    const py::gil_scoped_release unlocked;
     ThreadPool& pool = ThreadPool::process();
     const std::size_t threads = pool.concurrency();
-    slices.count = threads == 1 ? 1 : threads * kSlicesPerThread;
-    pool.parallel_for(slices.count, &Slices::fold_one, &slices);
+    const std::size_t slice_count = threads == 1 ? 1 : threads * kSlicesPerThread;
+    Slices slices{table(isa).fold, buffer_.data() + first, count / kReadStep, slice_count, Parts(slice_count, threads)};
+    const py::gil_scoped_release unlocked;
+    pool.parallel_for(slices.parts.size(), &Slices::run, &slices);
     return slices.all.load();
   }
 

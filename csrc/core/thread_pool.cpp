@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <charconv>
+#include <chrono>
 #include <condition_variable>
 #include <cstdlib>
 #include <cstring>
@@ -30,7 +31,11 @@
 namespace inferos {
 namespace {
 
+using Clock = std::chrono::steady_clock;
+
 constexpr std::size_t kLooks = 500;  // of the caller at the end of its call: about 20 us
+// Between two calls this close, putting a worker to sleep and waking it costs both sides more than its looking for the second.
+constexpr auto kSoon = std::chrono::microseconds{40};
 
 void pause() noexcept {
 #if defined(INFEROS_X86)
@@ -72,6 +77,26 @@ std::int64_t cores() noexcept {
   return std::thread::hardware_concurrency();  // 0 where it is not known
 }
 
+// The core that this thread is on, or -1.
+int core_here() noexcept {
+#if defined(__linux__)
+  return sched_getcpu();
+#else
+  return -1;
+#endif
+}
+
+// Virtual machines wake a thread on its waker's core while another sleeps, where the two then take turns for milliseconds. From now on
+// this thread runs on the other cores of the process.
+void leave_core([[maybe_unused]] int core) noexcept {
+#if defined(__linux__)
+  cpu_set_t allowed;
+  if (sched_getaffinity(getpid(), sizeof(allowed), &allowed) != 0) return;
+  CPU_CLR(static_cast<std::size_t>(core), &allowed);
+  if (CPU_COUNT(&allowed) > 0) sched_setaffinity(0, sizeof(allowed), &allowed);
+#endif
+}
+
 std::int64_t checked_threads(const char* name, std::int64_t threads) {
   if (threads >= 1 && threads <= kMaxThreads) return threads;
   throw Error(ErrorCode::kConfig,
@@ -96,16 +121,21 @@ std::int64_t threads_at_start() {
 // The workers of one process and the call they work on. Never freed: a worker may wake up at any time.
 struct ThreadPool::Crew {
   const std::int64_t process = process_id();
+  const std::size_t own_cores = static_cast<std::size_t>(cores());
   std::atomic<bool> taken{false};  // by a call; what has no lock below is the holder's
   std::size_t workers = 0;         // started
+  Clock::time_point ended;         // the last call
 
   std::mutex mutex;
-  std::condition_variable call;        // to the workers: there are seats
-  std::condition_variable left;        // to the caller: nobody is inside
-  std::size_t seats = 0;               // workers that may still join
+  std::condition_variable call;  // to the workers: there are seats
+  std::condition_variable left;  // to the caller: nobody is inside
+  bool brisk = false;            // whether the last two calls were less than kSoon apart, with a core for each thread
   std::atomic<std::size_t> inside{0};  // workers that have joined; written under the lock
 
-  // The tasks. They change only while nobody is inside and no seat is free.
+  alignas(64) std::atomic<std::size_t> seats{0};  // workers that may still join; written under the lock
+
+  // The call. It changes only while nobody is inside and no seat is free.
+  int core = -1;  // of the caller
   void (*fn)(void*, std::size_t) = nullptr;
   void* context = nullptr;
   std::size_t count = 0;
@@ -126,11 +156,18 @@ struct ThreadPool::Crew {
   void serve() noexcept {
     std::unique_lock lock(mutex);
     for (;;) {
+      if (brisk && seats == 0) {
+        lock.unlock();
+        const auto until = Clock::now() + kSoon;
+        while (seats.load(std::memory_order_relaxed) == 0 && Clock::now() < until) pause();
+        lock.lock();
+      }
       call.wait(lock, [this] { return seats > 0; });
       const std::size_t free_seats = --seats;
       ++inside;
       lock.unlock();
       rouse(free_seats);
+      if (core >= 0 && core == core_here()) leave_core(core);
       run_tasks();
       lock.lock();
       if (--inside == 0) left.notify_one();
@@ -150,8 +187,11 @@ struct ThreadPool::Crew {
   void run(std::size_t helpers) noexcept {
     start(helpers);
     next.store(0, std::memory_order_relaxed);
+    core = core_here();
     {
+      const bool soon = helpers < own_cores && Clock::now() - ended < kSoon;
       const std::scoped_lock lock(mutex);
+      brisk = soon;
       seats = std::min(helpers, workers);
     }
     rouse(std::min(helpers, workers));
@@ -162,8 +202,11 @@ struct ThreadPool::Crew {
     }
     // The workers' last tasks end about when the caller's do, sooner than a sleeper wakes up.
     for (std::size_t i = 0; i < kLooks && inside.load(std::memory_order_acquire) != 0; ++i) pause();
-    std::unique_lock lock(mutex);
-    left.wait(lock, [this] { return inside.load(std::memory_order_relaxed) == 0; });
+    if (inside.load(std::memory_order_acquire) != 0) {
+      std::unique_lock lock(mutex);
+      left.wait(lock, [this] { return inside.load(std::memory_order_relaxed) == 0; });
+    }
+    ended = Clock::now();
   }
 };
 

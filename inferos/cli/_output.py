@@ -17,7 +17,17 @@ from inferos.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Progress", "check_json_path", "console", "human_bytes", "is_stdout", "plain", "progress_bar", "write_json"]
+__all__ = [
+    "Progress",
+    "check_json_path",
+    "check_path",
+    "console",
+    "human_bytes",
+    "is_stdout",
+    "plain",
+    "progress_bar",
+    "write_json",
+]
 
 _STDOUT = Path("-")
 _PIPED_WIDTH = 120  # columns
@@ -82,12 +92,18 @@ def console(json_path: Path | None = None) -> Console:
 
 def check_json_path(path: Path | None) -> None:
     """Refuse a place that cannot be written before the work starts, not after it."""
-    if path is None or path == _STDOUT:
+    if path != _STDOUT:
+        check_path("--json", path)
+
+
+def check_path(option: str, path: Path | None) -> None:
+    """The same for a file that is not JSON: it cannot be stdout."""
+    if path is None:
         return
     if path.is_dir():
-        raise ConfigError(f"--json: {path} is a folder, expected a file")
+        raise ConfigError(f"{option}: {path} is a folder, expected a file")
     if not path.absolute().parent.is_dir():
-        raise ConfigError(f"--json: {path.parent} is no folder; make it first")
+        raise ConfigError(f"{option}: {path.parent} is no folder; make it first")
 
 
 def plain(value: Any) -> Any:

@@ -12,8 +12,10 @@ from inferos.cli._report import Row
 from inferos.quality import Measures, Recall, Trace
 from inferos.quality import recall as recall_tasks
 from inferos.quality.greedy import Divergence, Greedy, greedy_divergence, greedy_prompts, record_greedy
-from inferos.quality.measures import compare_all, perplexity, record_all
-from inferos.runtime.protocols import DecoderSession, Ids
+from inferos.quality.measures import Position, compare_all, perplexity, record_all
+from inferos.quality.report import Curve, CurveRecorder, TierMap, tier_map
+from inferos.runtime._compressed import CompressedSequence
+from inferos.runtime.protocols import DecoderSession, Ids, TokenSequence
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -73,6 +75,8 @@ class Outcome:
     measures: dict[str, Measures] = field(default_factory=dict)
     recalls: dict[str, Recall] = field(default_factory=dict)
     greedy: dict[str, Divergence] = field(default_factory=dict)
+    curves: dict[str, Curve] = field(default_factory=dict)
+    tiers: dict[str, TierMap] = field(default_factory=dict)
 
     def details(self) -> dict[str, Any]:
         """What stands beside the rows in a report: intervals, counts, recall by task."""
@@ -137,7 +141,16 @@ def _measure_baseline(plan: Plan, outcome: Outcome, found: dict[str, Row], progr
 def _measure_format(plan: Plan, kv: str, baseline: _Baseline, outcome: Outcome, progress: Progress) -> Row:
     progress.describe(f"{kv}: text")
     session = plan.open(kv)
-    outcome.measures[kv] = compare_all(baseline.traces, session, progress=progress.advance)
+    curve = CurveRecorder(len(baseline.traces[0].logits))
+    last = len(baseline.traces[0].ids) - 1  # the last token of a text is not scored, and nothing watches it
+
+    def watch(tokens: int, scored: Position, sequence: TokenSequence) -> None:
+        curve(tokens, scored, sequence)
+        if tokens == last and isinstance(sequence, CompressedSequence):
+            outcome.tiers[kv] = tier_map(sequence.cache)
+
+    outcome.measures[kv] = compare_all(baseline.traces, session, progress=progress.advance, watch=watch)
+    outcome.curves[kv] = curve.curve()
     if baseline.greedy:
         progress.describe(f"{kv}: greedy")
         outcome.greedy[kv] = greedy_divergence(baseline.greedy, session, progress=progress.advance)

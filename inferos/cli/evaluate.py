@@ -38,7 +38,7 @@ _LEAST_READ, _LONGEST_TOKEN = 1 << 20, 64
 _CORE_TASKS = ("kv", "kvfill", "lines", "passkey", "copy")
 _TASKS = (*_CORE_TASKS, "multikey", "tracking")
 _MOST_WINDOWS = 10_000
-_DEFAULT_FORMATS = "off,f16,int8,k8v4,int4"
+_DEFAULT_FORMATS = "off,f16,int8,k8v4,int4,auto"
 
 
 def evaluate(
@@ -71,6 +71,9 @@ def evaluate(
     device: DeviceOption = "auto",
     threads: ThreadsOption = 0,
     json_path: JsonOption = None,
+    report_path: Annotated[
+        Path | None, typer.Option("--report", metavar="FILE", help="Write a page with plots and a tier map, as HTML.")
+    ] = None,
     dry_run: DryRunOption = False,
     _debug: DebugOption = False,
 ) -> None:
@@ -83,6 +86,7 @@ def evaluate(
     _options.check_device(device)
     policy = _options.cache_policy(memory_limit)
     _output.check_json_path(json_path)
+    _output.check_path("--report", report_path)
     from inferos.runtime.layout import read_layout
     from inferos.runtime.model import resolve_model
     from inferos.runtime.reference import REFERENCE_NAME
@@ -92,7 +96,7 @@ def evaluate(
     given = None if text is None else _read_text(layout, text, length, windows)
     _check_greedy(layout, len(given[0]) if given else length, greedy)
     asked = _asked(model == REFERENCE_NAME, recall, chosen)
-    job = _Job(layout, model, formats, length, windows, given, asked, greedy, seed, policy, threads)
+    job = _Job(layout, model, formats, length, windows, given, asked, greedy, seed, policy, threads, report_path)
     if dry_run:
         _plan.show(_plan.describe(layout, model, job.settings()), json_path)
     else:
@@ -114,6 +118,7 @@ class _Job:
     seed: int
     policy: Policy
     threads: int
+    report_path: Path | None = None
 
     @property
     def baseline(self) -> str:
@@ -143,6 +148,7 @@ class _Job:
 
     def run(self, json_path: Path | None) -> None:
         """Measure, show, write."""
+        from inferos.cli._page import html
         from inferos.cli._report import Report
         from inferos.cli._rows import Plan, measure_all, table
         from inferos.runtime.environment import environment
@@ -156,10 +162,11 @@ class _Job:
         out.print(table(outcome))
         source = "text the model wrote itself" if self.given is None else "the given text"
         each = "At" if self.windows == 1 else f"In {self.windows} windows of"
-        out.print(
-            f"\n{each} {len(texts[0])} tokens of {source}; the last {len(texts[0]) - plan.prompt} were fed one by one and scored "
+        summary = (
+            f"{each} {len(texts[0])} tokens of {source}; the last {len(texts[0]) - plan.prompt} were fed one by one and scored "
             f"against kv={self.baseline}."
         )
+        out.print(f"\n{summary}")
         measurement = {
             **self.settings(),
             "text": "given" if self.given is not None else "sampled from the model with the uncompressed cache",
@@ -174,6 +181,9 @@ class _Job:
             rows=outcome.rows,
         )
         _output.write_json(json_path, report.as_json())
+        if self.report_path is not None:
+            facts = {**self.settings(), "seed": measurement["seed"]}
+            self.report_path.write_text(html(outcome, self.model, summary, facts), "utf-8")
 
     def _sample(self) -> tuple[Ids, ...]:
         from inferos.quality import sample_text

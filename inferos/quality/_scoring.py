@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 
 from inferos.errors import ProviderError
 from inferos.runtime.protocols import DecoderSession, Float32
 
-__all__ = ["exp", "expm1", "finite", "log_softmax", "score"]
+__all__ = ["Position", "exp", "expm1", "finite", "log_softmax", "score"]
 
 Float64 = npt.NDArray[np.float64]
+
+
+class Position(NamedTuple):
+    """One scored prediction: negative log-likelihoods in nats, KLD, change of probability, same top 1 (0 or 1)."""
+
+    nll_reference: float
+    nll: float
+    kld: float
+    delta_p: float
+    same_top1: float
 
 
 def finite(session: DecoderSession, logits: Float32, position: int) -> Float32:
@@ -28,18 +40,18 @@ def log_softmax(logits: Float32) -> Float64:
     return values
 
 
-def score(reference: Float32, logits: Float32, token: int) -> tuple[float, float, float, float, float]:
-    """NLL uncompressed, NLL, KLD, delta p, same top 1 at one position."""
+def score(reference: Float32, logits: Float32, token: int) -> Position:
+    """The scores of one position."""
     log_p, log_q = log_softmax(reference), log_softmax(logits)
     p = np.exp(log_p)
     seen = p > 0  # 0 log 0 = 0
     kld = float(np.sum(p[seen] * (log_p[seen] - log_q[seen])))
-    return (
-        -float(log_p[token]),
-        -float(log_q[token]),
-        max(0.0, kld),  # never negative but for rounding
-        float(np.exp(log_q[token]) - p[token]),
-        float(reference.argmax() == logits.argmax()),
+    return Position(
+        nll_reference=-float(log_p[token]),
+        nll=-float(log_q[token]),
+        kld=max(0.0, kld),  # never negative but for rounding
+        delta_p=float(np.exp(log_q[token]) - p[token]),
+        same_top1=float(reference.argmax() == logits.argmax()),
     )
 
 

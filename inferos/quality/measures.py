@@ -32,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from inferos.errors import ConfigError, ContextError, ShapeError
-from inferos.quality._scoring import exp, expm1, finite, log_softmax, score
+from inferos.quality._scoring import Position, exp, expm1, finite, log_softmax, score
 from inferos.quality._statistics import Interval, mean_interval, percentile_interval
 from inferos.runtime.protocols import DecoderSession, Float32, Ids, TokenSequence
 from inferos.runtime.sampler import Sampler, SamplingOptions
@@ -40,7 +40,9 @@ from inferos.runtime.sampler import Sampler, SamplingOptions
 __all__ = [
     "Interval",
     "Measures",
+    "Position",
     "Trace",
+    "Watch",
     "compare",
     "compare_all",
     "evaluate",
@@ -56,6 +58,10 @@ Float64 = npt.NDArray[np.float64]
 Progress = Callable[[int], None]
 
 _IN_MEMORY = 256 * 2**20  # bytes of logits kept in memory; more go to a temporary file
+
+
+Watch = Callable[[int, Position, TokenSequence], None]
+"""Called after a prediction is scored, with the tokens then in the cache, the scores and the sequence itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +252,7 @@ def _prompt_of(session: DecoderSession, texts: Sequence[Ids], prompt: int | None
 
 
 def _record_one(session: DecoderSession, text: Ids, first: int, logits: Float32, progress: Progress | None) -> Trace:
-    def keep(row: int, values: Float32) -> None:
+    def keep(row: int, values: Float32, _: TokenSequence) -> None:
         logits[row] = values
 
     kv_bytes, kv_elements, seconds = _teacher_force(session, text, first, keep, progress)
@@ -259,13 +265,26 @@ def perplexity(traces: Sequence[Trace]) -> float:
     return exp(sum(nll) / len(nll))
 
 
-def compare(trace: Trace, session: DecoderSession, *, progress: Progress | None = None) -> Measures:
+def compare(
+    trace: Trace, session: DecoderSession, *, progress: Progress | None = None, watch: Watch | None = None
+) -> Measures:
     """Run a session over the trace's text and measure how far its predictions are from the trace's."""
-    return compare_all([trace], session, progress=progress)
+    return compare_all([trace], session, progress=progress, watch=watch)
 
 
-def compare_all(traces: Sequence[Trace], session: DecoderSession, *, progress: Progress | None = None) -> Measures:
+def compare_all(
+    traces: Sequence[Trace], session: DecoderSession, *, progress: Progress | None = None, watch: Watch | None = None
+) -> Measures:
     """Run a session over the traces' texts and measure how far its predictions are from theirs, all as one sample.
+
+    Parameters
+    ----------
+    traces : sequence of Trace
+    session : DecoderSession
+    progress : callable, optional
+        Called with the number of tokens just run.
+    watch : callable, optional
+        Called for every scored position; it may read the sequence but not feed it.
 
     Raises
     ------
@@ -280,14 +299,16 @@ def compare_all(traces: Sequence[Trace], session: DecoderSession, *, progress: P
     """
     if not traces:
         raise ConfigError("compare: 0 traces, expected at least one")
-    return _pooled(session, traces, progress)
+    return _pooled(session, traces, progress, watch)
 
 
-def _pooled(session: DecoderSession, traces: Iterable[Trace], progress: Progress | None) -> Measures:
+def _pooled(
+    session: DecoderSession, traces: Iterable[Trace], progress: Progress | None, watch: Watch | None = None
+) -> Measures:
     parts: list[Float64] = []
     context, held, total_seconds = 0, (0, 0), 0.0
     for trace in traces:
-        scores, kv_bytes, kv_elements, seconds = _compare_one(trace, session, progress)
+        scores, kv_bytes, kv_elements, seconds = _compare_one(trace, session, progress, watch)
         parts.append(scores)
         context, held = len(trace.ids), (kv_bytes, kv_elements)
         total_seconds += seconds
@@ -295,15 +316,20 @@ def _pooled(session: DecoderSession, traces: Iterable[Trace], progress: Progress
     return _summary(every, context, *held, _speed(len(every), total_seconds))
 
 
-def _compare_one(trace: Trace, session: DecoderSession, progress: Progress | None) -> tuple[Float64, int, int, float]:
+def _compare_one(
+    trace: Trace, session: DecoderSession, progress: Progress | None, watch: Watch | None
+) -> tuple[Float64, int, int, float]:
     """Scores (positions, 5) over one text, the cache's bytes and elements, the seconds of the steps."""
     text = _checked(session, trace.ids)
     if session.vocab_size != trace.logits.shape[1]:
         raise ShapeError(f"compare: the session has {session.vocab_size} tokens, the trace {trace.logits.shape[1]}")
     scores = np.empty((len(text) - trace.prompt, 5))
 
-    def take(row: int, values: Float32) -> None:
-        scores[row] = score(trace.logits[row], values, int(text[trace.prompt + row]))
+    def take(row: int, values: Float32, sequence: TokenSequence) -> None:
+        scored = score(trace.logits[row], values, int(text[trace.prompt + row]))
+        scores[row] = scored
+        if watch is not None:
+            watch(trace.prompt + row, scored, sequence)
 
     return scores, *_teacher_force(session, text, trace.prompt, take, progress)
 
@@ -385,13 +411,13 @@ def _teacher_force(
     session: DecoderSession,
     text: Ids,
     prompt: int,
-    take: Callable[[int, Float32], None],
+    take: Callable[[int, Float32, TokenSequence], None],
     progress: Progress | None,
 ) -> tuple[int, int, float]:
     """Feed the text, hand each prediction to `take`; the cache's bytes and elements and the seconds of the steps."""
     sequence: TokenSequence = session.sequence()
     try:
-        take(0, finite(session, sequence.feed(text[:prompt]), prompt))
+        take(0, finite(session, sequence.feed(text[:prompt]), prompt), sequence)
         if progress is not None:
             progress(prompt)
         seconds = 0.0
@@ -401,7 +427,7 @@ def _teacher_force(
             logits = sequence.feed(text[position : position + 1])
             seconds += time.perf_counter() - start
             if position + 1 < len(text):
-                take(position + 1 - prompt, finite(session, logits, position + 1))
+                take(position + 1 - prompt, finite(session, logits, position + 1), sequence)
             if progress is not None:
                 progress(1)
         return sequence.kv_bytes, sequence.kv_elements, seconds

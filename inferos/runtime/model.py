@@ -106,12 +106,13 @@ def load(
 
     rules = load_policy(policy)
     word = check_kv(kv)
+    budget = None if budget_bytes is None else parse_size(budget_bytes)
     layout = read_layout(resolve_model(model))
     session = open_by_policy(
         layout,
         word,
         rules,
-        budget_bytes=None if budget_bytes is None else parse_size(budget_bytes),
+        budget_bytes=budget,
         threads=threads,
         prefill_chunk=prefill_chunk,
     )

@@ -1,4 +1,4 @@
-"""`auto` under changed rules: what set_policy puts in force and when, scores from outside, keys that do not bear INT4, demotion errors."""
+"""Policy of a cache at run time, scores from outside, keys that do not bear INT4, demotion errors."""
 
 from __future__ import annotations
 
