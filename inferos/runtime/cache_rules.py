@@ -104,10 +104,10 @@ class CacheRules:
             "recent_window": self.recent_window,
             "sink_tokens": self.sink_tokens,
             "thresholds": self.thresholds.as_tuple(),
-            "l2_format": "k8v4" if self.l2_format == "auto" else self.l2_format,
+            "l2_format": self.l2_format,
             "max_levels": self.max_levels,
             "gamma": self.gamma,
-            **({"scorer": "external"} if self.external else {}),
+            "scorer": "external" if self.external else NATIVE_SCORER,
             "eviction": self.eviction,
             "overflow": self.overflow,
         }
