@@ -107,7 +107,7 @@ class CacheRules:
             "l2_format": self.l2_format,
             "max_levels": self.max_levels,
             "gamma": self.gamma,
-            **({"scorer": "external"} if self.external else {}),
+            "scorer": "external" if self.external else NATIVE_SCORER,
             "eviction": self.eviction,
             "overflow": self.overflow,
         }

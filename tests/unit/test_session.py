@@ -160,14 +160,14 @@ def test_bytes_and_elements_are_the_caches_own(tmp_path: Path) -> None:
 
 def test_auto_packs_the_least_important_blocks_narrower_and_repeats_itself(tmp_path: Path) -> None:
     ids = token_ids(1000, 64)
-    sequence: Any = open_tiny(tmp_path, "auto", recent_window=16).sequence()
+    sequence: Any = open_tiny(tmp_path, "auto", recent_window=16, l2_format="k8v4").sequence()
     sequence.feed(ids[:300])
     wanted = [sequence.feed(token[None]) for token in ids[300:]]
     # The attention mass reached the cache: without it no block has a rank, and all of them stay INT8.
     blocks = sequence.cache.stats().blocks
     assert blocks["int8"] > 0
     assert blocks["k8v4"] > 0
-    again = open_tiny(tmp_path, "auto", recent_window=16, threads=1).sequence()
+    again = open_tiny(tmp_path, "auto", recent_window=16, l2_format="k8v4", threads=1).sequence()
     again.feed(ids[:300])
     np.testing.assert_array_equal([again.feed(token[None]) for token in ids[300:]], wanted)
 
