@@ -239,8 +239,6 @@ class KVCache:
         self._policy = CachePolicy(thresholds, l2_format, max_levels, gamma, scorer, eviction, overflow, recent_window)
         self.layers = tuple(layers)
         self.kv = kv
-        self.recent_window = recent_window
-        self.sink_tokens = sink_tokens
         self.arena = Arena() if arena is None else arena
         shapes = [(layer.kv_heads, layer.head_dim, layer.local_window) for layer in self.layers]
         narrowest = self._policy.narrowest if kv == "auto" else kv
@@ -435,6 +433,11 @@ class KVCache:
             self.handle, policy.native(), [policy.narrowest] * len(self.layers), policy.recent_window
         )
         self._policy = policy
+
+    @property
+    def recent_window(self) -> int:
+        """Newest tokens that stay FP16."""
+        return self._policy.recent_window
 
     @property
     def l2_formats(self) -> tuple[str, ...]:

@@ -23,7 +23,6 @@ from inferos.runtime.protocols import TokenSequence
 __all__ = ["Curve", "CurveRecorder", "Page", "ResultRow", "TierMap", "render", "tier_map"]
 
 _POINTS = 32  # of a curve: means over that many stretches of the text
-_BLOCK = 64  # tokens
 _NOT_HELD = 255
 _TEMPLATE = "templates/report.html.j2"
 
@@ -147,7 +146,7 @@ class Page:
 
 
 def tier_map(cache: KVCache) -> TierMap:
-    """The tiers of a sequence that was never rewound.
+    """The tiers of a sequence.
 
     Raises
     ------
@@ -162,12 +161,11 @@ def tier_map(cache: KVCache) -> TierMap:
     formats = np.full((layers, heads, blocks), _NOT_HELD, np.uint8)
     ranks = np.full((layers, heads, blocks), np.nan)
     for layer, shape in enumerate(cache.layers):
-        origin = cache.sink_tokens if shape.local_window < 0 else 0
+        starts, stops = cache.block_spans(layer)
+        outside = int(np.sum(stops <= tokens - cache.recent_window))
         for head in range(shape.kv_heads):
-            held = cache.formats(layer, head)[origin::_BLOCK]
-            formats[layer, head, : len(held)] = held
-            scores = cache.scores(layer, head)[: max(0, tokens - cache.recent_window - origin) // _BLOCK]
-            ranks[layer, head, : len(scores)] = _ranks(scores)
+            formats[layer, head, : len(starts)] = cache.formats(layer, head)[np.minimum(starts, tokens - 1)]
+            ranks[layer, head, :outside] = _ranks(cache.scores(layer, head)[:outside])
     return TierMap(cache.kv, tokens, formats, ranks)
 
 
