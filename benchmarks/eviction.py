@@ -12,21 +12,17 @@ end of the prompt attends to (SnapKV). Those two process a prompt uncompressed; 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tokenizers
-from policies import KeepingSession
+from policies import KeepingSession, save
 
-import inferos
 from inferos.errors import BudgetError
-from inferos.kv import kernels
 from inferos.quality import measures, recall
 from inferos.runtime.cache_rules import CacheRules
-from inferos.runtime.environment import cpu_name
 from inferos.runtime.layout import ModelLayout, read_layout
 from inferos.runtime.protocols import DecoderSession, Ids
 from inferos.runtime.reference import TRAINED_CONTEXT, reference_folder, reference_words
@@ -161,19 +157,14 @@ def main() -> None:
         print(
             f"{row['name']:24} {row['kv_bytes'] / full:6.1%}  recall {row['right']}/{row['answers']}  {kld}", flush=True
         )
-    if arguments.json is not None:
-        record = {
-            "schema": SCHEMA,
-            "version": inferos.__version__,
-            "cpu": cpu_name(),
-            "isa": kernels.active_isa(),
-            "context": TRAINED_CONTEXT,
-            "text": arguments.text.name,
-            "fp16_bytes": full,
-            "runs": runs,
-            "rows": rows,
-        }
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+    save(
+        arguments.json,
+        SCHEMA,
+        text=arguments.text.name,
+        fp16_bytes=full,
+        runs=runs,
+        rows=rows,
+    )
 
 
 if __name__ == "__main__":

@@ -20,15 +20,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from policies import Format, Rounding, SimulatedSession, q4_0, q4_0_rotated
+from policies import Format, Rounding, SimulatedSession, q4_0, q4_0_rotated, save
 
 import inferos
 from inferos.config import Policy
-from inferos.kv import kernels
 from inferos.quality import measures
 from inferos.runtime._reference_graph import _Fp16Weights
 from inferos.runtime.decoder_graph import Architecture, DecoderGraph, decoder_model
-from inferos.runtime.environment import cpu_name
 from inferos.runtime.layout import ModelLayout, read_layout
 from inferos.runtime.protocols import DecoderSession, Ids
 from inferos.runtime.reference import TRAINED_CONTEXT, reference_folder
@@ -137,20 +135,15 @@ def main() -> None:
                 )
     worst = max(ratio for row in rows for name, ratio in row["ratio"].items() if name not in OTHERS)
     print(f"worst ratio {worst:.2f}, bound {BOUND}")
-    if arguments.json is not None:
-        record = {
-            "schema": SCHEMA,
-            "version": inferos.__version__,
-            "cpu": cpu_name(),
-            "isa": kernels.active_isa(),
-            "text": arguments.text.name,
-            "context": TRAINED_CONTEXT,
-            "kld_unscaled": base,
-            "rows": rows,
-            "worst_ratio": worst,
-            "bound": BOUND,
-        }
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+    save(
+        arguments.json,
+        SCHEMA,
+        text=arguments.text.name,
+        kld_unscaled=base,
+        rows=rows,
+        worst_ratio=worst,
+        bound=BOUND,
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,17 +31,15 @@ from policies import (
     our_v,
     q4_0,
     q4_0_rotated,
+    save,
     texts,
 )
 
-import inferos
 from inferos.config import Policy
-from inferos.kv import kernels
 from inferos.kv.scorers import SCORERS
 from inferos.quality import measures, recall
 from inferos.quality._statistics import Interval, interval, mean_interval, resampled_means
 from inferos.quality.measures import Position, Trace
-from inferos.runtime.environment import cpu_name
 from inferos.runtime.layout import ModelLayout, read_layout
 from inferos.runtime.protocols import DecoderSession, Ids, TokenSequence
 from inferos.runtime.reference import TRAINED_CONTEXT, reference_folder, reference_words
@@ -285,20 +282,15 @@ def main() -> None:
             f"{pair['group']}: {DEFAULT_SCORER} against {pair['against']}: {pair['relative']:+.1%}, difference "
             f"{pair['difference']:.2e} ({pair['interval']['low']:.2e} to {pair['interval']['high']:.2e})"
         )
-    if arguments.json is not None:
-        record = {
-            "schema": SCHEMA,
-            "version": inferos.__version__,
-            "cpu": cpu_name(),
-            "isa": kernels.active_isa(),
-            "context": TRAINED_CONTEXT,
-            "positions": len(next(iter(found.values())).scores),
-            "texts": list(bench.texts),
-            "rows": rows,
-            "pairs": pairs,
-            "kld_by_text": by_text(found, list(bench.texts)),
-        }
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+    save(
+        arguments.json,
+        SCHEMA,
+        positions=len(next(iter(found.values())).scores),
+        texts=list(bench.texts),
+        rows=rows,
+        pairs=pairs,
+        kld_by_text=by_text(found, list(bench.texts)),
+    )
 
 
 if __name__ == "__main__":

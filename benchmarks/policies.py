@@ -10,20 +10,25 @@ recent window and the grid of blocks of 64 tokens are those of our cache.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+import inferos
 from inferos.errors import ConfigError
-from inferos.kv import KVCache
+from inferos.kv import KVCache, kernels
 from inferos.kv.scorers import make_scorer
 from inferos.kv.statistics import Blocks
+from inferos.runtime.environment import cpu_name
 from inferos.runtime.layout import ModelLayout
 from inferos.runtime.protocols import DecoderSession, Float32, Ids, TokenSequence
+from inferos.runtime.reference import TRAINED_CONTEXT
 from inferos.runtime.session import open_session
 from inferos.runtime.tokenizer import TextTokenizer
 
@@ -45,6 +50,15 @@ def texts(folder: Path, layout: ModelLayout, windows: int, tokens: int) -> dict[
             start = content.index(" ", len(content) * (2 * window + 1) // (2 * windows)) + 1
             found[f"{path.stem}@{start}"] = tokenizer.encode(content[start : start + 16 * tokens])[:tokens]
     return found
+
+
+def save(path: Path | None, schema: str, **content: Any) -> None:
+    """A result file, with what it was measured with; nothing without a path."""
+    if path is None:
+        return
+    measured_with = {"version": inferos.__version__, "cpu": cpu_name(), "isa": kernels.active_isa()}
+    record = {"schema": schema, **measured_with, "context": TRAINED_CONTEXT, **content}
+    path.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
 
 
 def due_blocks(length: int, window: int = WINDOW) -> int:
