@@ -215,14 +215,18 @@ def row(entry: Entry, found: Found) -> dict[str, Any]:
 
 
 def mark_frontier(rows: list[dict[str, Any]]) -> None:
-    """A row is on the frontier where no other has both fewer bytes and a lower KLD (or one of them equal)."""
+    """A row is on the frontier where no other has both fewer bytes and a lower KLD (or one of them equal).
+
+    The simulated pins are an experiment beside it: without unused room and scores they would hide what they simulate.
+    """
+    rivals = [one for one in rows if one["group"] != "pins"]
     for one in rows:
         size, kld = one["kv_bytes"], one["kld_mean"]
-        one["frontier"] = not any(
+        one["frontier"] = one in rivals and not any(
             other["kv_bytes"] <= size
             and other["kld_mean"] <= kld
             and (other["kv_bytes"], other["kld_mean"]) != (size, kld)
-            for other in rows
+            for other in rivals
         )
 
 
