@@ -192,6 +192,12 @@ def test_a_policy_is_read_for_a_models_layers() -> None:
         CacheRules.of(policy.update({"kv": {"layer_overrides": {"-4": {"max_level": "L1"}}}}), 3)
 
 
+def test_options_that_a_scorer_refuses_are_refused_with_their_key() -> None:
+    weights = {"alpha": 0, "beta": 0, "gamma": 0, "eta": 0}
+    with pytest.raises(ConfigError, match=r"kv\.scorer_options: .* all weights are 0"):
+        CacheRules.of(Policy.from_mapping({"kv": {"scorer": "mission", "scorer_options": weights}}), 3)
+
+
 @pytest.mark.parametrize(
     ("kv", "word", "held"),
     [
