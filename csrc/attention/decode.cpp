@@ -296,21 +296,21 @@ void decode_rows(std::span<const RowPlan> rows, const Shape& shape, Executor& ex
       jobs.push_back(job);
     }
   }
+  static thread_local Floats partials;
+  static thread_local Floats masses;  // kept: fresh pages would cost more than what is computed
   const std::size_t task_count = tasks.size();
   Call call{shape, std::move(jobs), std::move(tasks),
             std::vector<std::atomic<std::size_t>>(rows.size() * shape.kv_heads),
             Parts(task_count, std::min(task_count, executor.concurrency()))};
-  static thread_local Floats partials;
-  static thread_local Floats masses;  // kept: fresh pages would cost more than what is computed
   float* next_partial = partials.at_least(task_count * partial_floats(shape));
   for (std::size_t j = 0; j < call.jobs.size(); ++j) {
     call.jobs[j].partials = next_partial;
     next_partial += call.jobs[j].spans * partial_floats(shape);
     call.unfinished[j].store(call.jobs[j].spans, std::memory_order_relaxed);
   }
-  const bool alone = call.parts.size() == 1;
-  const std::size_t wanted = place_masses(call.jobs, shape, alone, nullptr);
-  if (wanted != 0) place_masses(call.jobs, shape, alone, masses.at_least(wanted));
+  const bool in_turn = call.parts.size() == 1;
+  const std::size_t wanted = place_masses(call.jobs, shape, in_turn, nullptr);
+  if (wanted != 0) place_masses(call.jobs, shape, in_turn, masses.at_least(wanted));
   executor.parallel_for(call.parts.size(), &Call::run, &call);
 }
 

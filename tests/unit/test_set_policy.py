@@ -1,4 +1,4 @@
-"""Policy of a cache at run time, scores from outside, keys that do not bear INT4, demotion errors."""
+"""`auto` under changed rules: set_policy, scores from outside, keys that do not bear INT4, demotion errors."""
 
 from __future__ import annotations
 
