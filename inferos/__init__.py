@@ -24,9 +24,10 @@ if _typing.TYPE_CHECKING:
     from inferos.quality.measurement import QualityMeasurement
     from inferos.quality.monitor import QualityMonitor
     from inferos.quality.scheduler import QualityScheduler
+    from inferos.runtime.conversation import Conversation
     from inferos.runtime.generate import Generation, Token
     from inferos.runtime.metrics import FTLMeasurement, MetricsCalculator
-    from inferos.runtime.model import Conversation, Model, load
+    from inferos.runtime.model import Model, load
     from inferos.runtime.register import register
     from inferos.runtime.rewrite import rewrite
     from inferos.runtime.sampler import SamplingOptions
@@ -64,7 +65,7 @@ __all__ = [
 # Public name -> the module that defines it.
 _HOMES = {
     "Arena": "inferos.kv",
-    "Conversation": "inferos.runtime.model",
+    "Conversation": "inferos.runtime.conversation",
     "FTLMeasurement": "inferos.runtime.metrics",
     "Generation": "inferos.runtime.generate",
     "ImportanceCalculator": "inferos.kv.importance",

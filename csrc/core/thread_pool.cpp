@@ -77,6 +77,26 @@ std::int64_t cores() noexcept {
   return std::thread::hardware_concurrency();  // 0 where it is not known
 }
 
+// The core that this thread is on, or -1.
+int core_here() noexcept {
+#if defined(__linux__)
+  return sched_getcpu();
+#else
+  return -1;
+#endif
+}
+
+// Virtual machines wake a thread on its waker's core while another sleeps, where the two then take turns for milliseconds. From now on
+// this thread runs on the other cores of the process.
+void leave_core([[maybe_unused]] int core) noexcept {
+#if defined(__linux__)
+  cpu_set_t allowed;
+  if (sched_getaffinity(getpid(), sizeof(allowed), &allowed) != 0) return;
+  CPU_CLR(static_cast<std::size_t>(core), &allowed);
+  if (CPU_COUNT(&allowed) > 0) sched_setaffinity(0, sizeof(allowed), &allowed);
+#endif
+}
+
 std::int64_t checked_threads(const char* name, std::int64_t threads) {
   if (threads >= 1 && threads <= kMaxThreads) return threads;
   throw Error(ErrorCode::kConfig,
@@ -114,7 +134,8 @@ struct ThreadPool::Crew {
 
   alignas(64) std::atomic<std::size_t> seats{0};  // workers that may still join; written under the lock
 
-  // The tasks. They change only while nobody is inside and no seat is free.
+  // The call. It changes only while nobody is inside and no seat is free.
+  int core = -1;  // of the caller
   void (*fn)(void*, std::size_t) = nullptr;
   void* context = nullptr;
   std::size_t count = 0;
@@ -146,6 +167,7 @@ struct ThreadPool::Crew {
       ++inside;
       lock.unlock();
       rouse(free_seats);
+      if (core >= 0 && core == core_here()) leave_core(core);
       run_tasks();
       lock.lock();
       if (--inside == 0) left.notify_one();
@@ -165,6 +187,7 @@ struct ThreadPool::Crew {
   void run(std::size_t helpers) noexcept {
     start(helpers);
     next.store(0, std::memory_order_relaxed);
+    core = core_here();
     {
       const bool soon = helpers < own_cores && Clock::now() - ended < kSoon;
       const std::scoped_lock lock(mutex);

@@ -66,7 +66,8 @@ void check(const CacheOptions& options) {
 }
 
 Level max_level(const CacheOptions& options, std::size_t layer) noexcept {
-  return options.policy->max_levels.empty() ? Level::kL3 : options.policy->max_levels[layer];
+  const std::optional<Policy>& policy = options.policy;
+  return policy && !policy->max_levels.empty() ? policy->max_levels[layer] : Level::kL3;
 }
 
 Format narrowest_of(const CacheOptions& options, std::size_t layer, bool bears_int4) noexcept {

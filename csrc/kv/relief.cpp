@@ -117,7 +117,10 @@ void Relief::plan_evictions() {
     return !layer.review.evictable() || layer.store.format(c.head, c.index) != layer.review.narrowest();
   });
   // Blocks with a verdict first, then those that are low now, while the guard allows; then the others.
-  std::stable_partition(found.begin(), found.end(), [](const Candidate& c) { return c.verdict; });
+  std::sort(found.begin(), found.end(), [](const Candidate& a, const Candidate& b) {
+    return std::tie(b.verdict, a.rank, a.layer, a.head, a.index) <
+           std::tie(a.verdict, b.rank, b.layer, b.head, b.index);
+  });
   std::vector<std::vector<double>> mass;  // by layer and head: evicted so far, infinite once the guard has spoken
   for (const Layer& layer : layers_) {
     auto& heads = mass.emplace_back();

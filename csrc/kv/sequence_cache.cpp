@@ -152,6 +152,7 @@ struct SequenceCache::State {
       }
       if (!relief) {
         std::vector<Relief::Layer> all;
+        all.reserve(layers.size());
         for (std::size_t i = 0; i < layers.size(); ++i) all.push_back({layers[i], grid(i), scores[i], reviews[i]});
         relief.emplace(*arena, std::move(all), spare, options.policy->eviction, options.policy->overflow,
                        [this, tokens] { return need(tokens); });

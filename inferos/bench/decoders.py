@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -89,7 +90,8 @@ class InferosRows:
     def filled(cls, session: CompressedSession, kv: str, rows: int, length: int, random: RandomKv) -> InferosRows:
         """Rows with a random past of `length` tokens in caches of format `kv`, whatever the session's own is."""
         arena = Arena()
-        sequences = [CompressedSequence(session, session.new_cache(kv=kv, arena=arena)) for _ in range(rows)]
+        rules = replace(session.rules, kv=kv)
+        sequences = [session.sequence_of(rules, arena) for _ in range(rows)]
         for sequence in sequences:
             _fill(sequence.cache, length, random)
         return cls(session, sequences, arena)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
@@ -20,14 +21,16 @@ from inferos.cli._options import (
     KvVOption,
     MemoryLimitOption,
     OptimizationOption,
+    QualityThresholdOption,
     ThreadsOption,
 )
 
 if TYPE_CHECKING:
+    from inferos.config import Policy
     from inferos.runtime.generate import Generation
     from inferos.runtime.model import Model
 
-__all__ = ["Answering", "Request", "figures", "load_model", "one_line", "show_plan", "stream"]
+__all__ = ["Answering", "Request", "figures", "load_model", "one_line", "policy_in_force", "show_plan", "stream"]
 
 MaxTokensOption = Annotated[
     int, typer.Option("--max-tokens", metavar="N", help="Tokens of an answer at most.", show_default=True)
@@ -68,6 +71,7 @@ class Answering:
     kv_quantization: KvQuantizationOption = None
     optimization: OptimizationOption = None
     memory_limit: MemoryLimitOption = None
+    quality_threshold: QualityThresholdOption = None
     device: DeviceOption = "auto"
     threads: ThreadsOption = 0
     json_path: JsonOption = None
@@ -80,7 +84,8 @@ class Answering:
         kv = _options.resolve_kv(self.kv, self.kv_k, self.kv_v, self.optimization, self.kv_quantization)
         _options.check_device(self.device)
         _options.check_range("--threads", self.threads, 0, _options.MOST_THREADS)
-        request = Request(model, kv, _options.budget_bytes(self.memory_limit), self.threads)
+        policy = _options.cache_policy(self.memory_limit, self.quality_threshold)
+        request = Request(model, kv, policy, self.threads)
         _output.check_json_path(self.json_path)
         return request
 
@@ -101,13 +106,13 @@ class Request:
 
     model: str
     kv: _options.EffectiveKv
-    budget_bytes: int
+    policy: Policy
     threads: int
 
     def notes(self) -> list[str]:
         """What differs from the request, and why."""
         notes = [f"kv: {self.kv.describe()}"] if self.kv.reason else []
-        if self.kv.kv == "off" and self.budget_bytes:
+        if self.kv.kv == "off" and _options.limit_given(self.policy):
             notes.append("memory limit: not in force, kv=off keeps its cache in ONNX Runtime's memory")
         return notes
 
@@ -118,7 +123,10 @@ def load_model(request: Request) -> Model:
 
     for note in request.notes():
         typer.echo(f"inferos: {note}", err=True)
-    return load(request.model, kv=request.kv.kv, budget_bytes=request.budget_bytes or None, threads=request.threads)
+    model = load(request.model, kv=request.kv.kv, policy=request.policy, threads=request.threads)
+    for note in model.effective_policy.notes:
+        typer.echo(f"inferos: {note}", err=True)
+    return model
 
 
 def show_plan(request: Request, options: Answering) -> None:
@@ -126,15 +134,41 @@ def show_plan(request: Request, options: Answering) -> None:
     from inferos.runtime.layout import read_layout
     from inferos.runtime.model import resolve_model
 
+    layout = read_layout(resolve_model(request.model))
     settings = {
         "kv": request.kv.kv,
         "kv_requested": request.kv.requested,
         "kv_reason": request.kv.reason or None,
-        "memory_limit": request.budget_bytes or None,
+        **_cache_settings(request, len(layout.layers)),
         "max_tokens": options.max_tokens,
         "threads": request.threads or None,
     }
-    _plan.show(_plan.describe(read_layout(resolve_model(request.model)), request.model, settings), options.json_path)
+    _plan.show(_plan.describe(layout, request.model, settings), options.json_path)
+
+
+def _cache_settings(request: Request, layers: int) -> dict[str, Any]:
+    """What the policy amounts to for a model of `layers` layers; empty where ONNX Runtime keeps the cache."""
+    from inferos.runtime.cache_rules import CacheRules
+
+    if request.kv.kv == "off":
+        return {"memory_limit": None}
+    rules = CacheRules.of(request.policy, layers, request.kv.kv)
+    decided = {
+        "mode": request.policy.kv.mode,
+        "thresholds": list(rules.thresholds.as_tuple()),
+        "l2_format": rules.l2_format,
+        "scorer": rules.scorer,
+        "eviction": rules.eviction,
+    }
+    return {
+        "kv_format": rules.kv,
+        **(decided if rules.kv == "auto" else {}),
+        "recent_window": rules.recent_window,
+        "sink_tokens": rules.sink_tokens,
+        "max_levels": None if rules.max_levels is None else list(rules.max_levels),
+        "memory_limit": request.policy.io.host_pool_bytes,
+        "overflow": rules.overflow,
+    }
 
 
 def stream(generation: Generation, to: TextIO) -> None:
@@ -164,6 +198,11 @@ def figures(generation: Generation) -> dict[str, Any]:
         "kv_bits_per_element": bits,
         "seed": generation.seed,
     }
+
+
+def policy_in_force(model: Model) -> dict[str, Any]:
+    """The policy for a report: version, reason, requested, effective, notes."""
+    return dataclasses.asdict(model.effective_policy)
 
 
 def one_line(numbers: dict[str, Any], kv: str) -> str:

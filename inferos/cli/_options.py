@@ -10,11 +10,14 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 from inferos.errors import ConfigError
+
+if TYPE_CHECKING:
+    from inferos.config import Policy
 
 __all__ = [
     "DebugOption",
@@ -29,12 +32,14 @@ __all__ = [
     "MemoryLimitOption",
     "ModelArgument",
     "OptimizationOption",
+    "QualityThresholdOption",
     "ThreadsOption",
-    "budget_bytes",
+    "cache_policy",
     "check_device",
     "check_range",
     "formats_of_bits",
     "kv_list",
+    "limit_given",
     "resolve_kv",
     "whole_numbers",
     "with_fields",
@@ -73,6 +78,10 @@ KvQuantizationOption = Annotated[
 MemoryLimitOption = Annotated[
     str | None,
     typer.Option("--memory-limit", metavar="SIZE", help="Bytes the KV cache may take, such as 512MiB."),
+]
+QualityThresholdOption = Annotated[
+    float | None,
+    typer.Option("--quality-threshold", metavar="F", help="PPL that compression may cost; mode dynamic holds to it."),
 ]
 DeviceOption = Annotated[str, typer.Option("--device", metavar="auto|cpu", help="Where the model runs.")]
 ThreadsOption = Annotated[
@@ -237,16 +246,37 @@ def check_device(device: str) -> str:
     return "cpu"
 
 
-def budget_bytes(memory_limit: str | None) -> int:
-    """Bytes of `--memory-limit`; 0 = no limit. Raises ConfigError if it is not a size of at least 16 MiB."""
-    if memory_limit is None:
-        return 0
+def cache_policy(memory_limit: str | None = None, quality_threshold: float | None = None) -> Policy:
+    """The policy of the environment variables, with `--memory-limit` and `--quality-threshold` over it.
+
+    Raises
+    ------
+    ConfigError
+        If the limit is not a size of at least 16 MiB, the threshold is not within 0..2, or a variable is refused.
+    """
+    from inferos.config import load_policy
+
+    changes: dict[str, Any] = {}
+    if memory_limit is not None:
+        changes["io"] = {"host_pool_bytes": _size("--memory-limit", memory_limit)}
+    if quality_threshold is not None:
+        check_range("--quality-threshold", quality_threshold, 0, 2)
+        changes["quality"] = {"max_delta_ppl": quality_threshold}
+    return load_policy(changes)
+
+
+def limit_given(policy: Policy) -> int:
+    """Bytes of the limit that somebody set; 0 = nobody did."""
+    return policy.io.host_pool_bytes if "host_pool_bytes" in policy.io.model_fields_set else 0
+
+
+def _size(option: str, text: str) -> int:
     from inferos.config import parse_size
 
     try:
-        size = parse_size(memory_limit)
+        size = parse_size(text)
     except ConfigError as error:
-        raise ConfigError(f"--memory-limit: {error}") from None
+        raise ConfigError(f"{option}: {error}") from None
     if size < 1 << 24:
-        raise ConfigError(f"--memory-limit: {memory_limit} is {size} bytes, expected at least 16MiB")
+        raise ConfigError(f"{option}: {text} is {size} bytes, expected at least 16MiB")
     return size

@@ -13,8 +13,8 @@ from inferos.cli._options import ModelArgument
 from inferos.errors import ContextError
 
 if TYPE_CHECKING:
+    from inferos.runtime.conversation import Conversation
     from inferos.runtime.generate import Generation
-    from inferos.runtime.model import Conversation
 
 __all__ = ["chat"]
 
@@ -47,7 +47,14 @@ def chat(
             turns.append({"user": line, "text": generation.text, **_generation.figures(generation)})
             typer.echo(_generation.one_line(turns[-1], loaded.kv), err=True)
         _output.write_json(
-            options.json_path, {"schema": "inferos.chat/1", "model": model, "kv": loaded.kv, "turns": turns}
+            options.json_path,
+            {
+                "schema": "inferos.chat/1",
+                "model": model,
+                "kv": loaded.kv,
+                "policy": _generation.policy_in_force(loaded),
+                "turns": turns,
+            },
         )
 
 

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from inferos.cli import _output
-from inferos.cli._options import DebugOption, JsonOption, check_range
+from inferos.cli._options import (
+    DebugOption,
+    JsonOption,
+    MemoryLimitOption,
+    cache_policy,
+    check_range,
+    limit_given,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,12 +39,14 @@ def demo(
         int, typer.Option("--context", metavar="N", help="Tokens in the cache, 128..2048.")
     ] = _TRAINED_CONTEXT,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the sampled text and of the questions.")] = 0,
+    memory_limit: MemoryLimitOption = None,
     json_path: JsonOption = None,
     _debug: DebugOption = False,
 ) -> None:
     """Compare the cache formats on the embedded model: bytes, speed, quality, recall."""
     check_range("--context", context, _SHORTEST_CONTEXT, _TRAINED_CONTEXT)
     check_range("--seed", seed, 0)
+    policy = cache_policy(memory_limit)
     _output.check_json_path(json_path)
     import tokenizers
 
@@ -46,14 +55,14 @@ def demo(
     from inferos.quality import sample_text
     from inferos.runtime.environment import environment
     from inferos.runtime.reference import REFERENCE_NAME, reference_folder
-    from inferos.runtime.session import open_session
+    from inferos.runtime.session import open_by_policy
 
     out = _output.console(json_path)
     folder = reference_folder()
     encoder = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
 
     def open_format(kv: str) -> DecoderSession:
-        return open_session(folder, kv=kv, threads=_THREADS)
+        return open_by_policy(folder, kv, policy, budget_bytes=limit_given(policy), threads=_THREADS)
 
     questions = _questions(encoder, context, seed)
     asked = sum(len(prompt.ids) for prompt in questions)

@@ -23,6 +23,7 @@ from inferos.cli._options import (
 from inferos.errors import ConfigError, ContextError
 
 if TYPE_CHECKING:
+    from inferos.config import Policy
     from inferos.quality.recall import Prompt
     from inferos.runtime.layout import ModelLayout
     from inferos.runtime.protocols import DecoderSession, Ids
@@ -83,7 +84,7 @@ def evaluate(
     chosen = None if tasks is None else _task_list(tasks)
     formats = _options.kv_list(kv, kv_k, kv_v)
     _options.check_device(device)
-    budget = _options.budget_bytes(memory_limit)
+    policy = _options.cache_policy(memory_limit)
     _output.check_json_path(json_path)
     _output.check_path("--report", report_path)
     from inferos.runtime.layout import read_layout
@@ -95,7 +96,7 @@ def evaluate(
     given = None if text is None else _read_text(layout, text, length, windows)
     _check_greedy(layout, len(given[0]) if given else length, greedy)
     asked = _asked(model == REFERENCE_NAME, recall, chosen)
-    job = _Job(layout, model, formats, length, windows, given, asked, greedy, seed, budget, threads, report_path)
+    job = _Job(layout, model, formats, length, windows, given, asked, greedy, seed, policy, threads, report_path)
     if dry_run:
         _plan.show(_plan.describe(layout, model, job.settings()), json_path)
     else:
@@ -115,7 +116,7 @@ class _Job:
     tasks: tuple[str, ...]  # of recall; none: not measured
     greedy: int  # tokens, 0: not measured
     seed: int
-    budget: int  # bytes, 0 = no limit
+    policy: Policy
     threads: int
     report_path: Path | None = None
 
@@ -134,15 +135,16 @@ class _Job:
             "recall": bool(self.tasks),
             "tasks": list(self.tasks),
             "greedy": self.greedy or None,
-            "memory_limit": self.budget or None,
+            "memory_limit": _options.limit_given(self.policy) or None,
             "threads": self.threads or None,
         }
 
     def open(self, kv: str) -> DecoderSession:
-        """A session; the limit binds inferos' caches only."""
-        from inferos.runtime.session import open_session
+        """A session; the limit, if somebody set one, does not bind the baseline."""
+        from inferos.runtime.session import open_by_policy
 
-        return open_session(self.layout, kv=kv, budget_bytes=0 if kv == "off" else self.budget, threads=self.threads)
+        budget = 0 if kv == self.baseline else _options.limit_given(self.policy)
+        return open_by_policy(self.layout, kv, self.policy, budget_bytes=budget, threads=self.threads)
 
     def run(self, json_path: Path | None) -> None:
         """Measure, show, write."""

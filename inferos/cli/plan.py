@@ -49,23 +49,21 @@ def plan(
     _options.check_range("--batch-size", batch_size, 1, _MOST_ROWS)
     if context is not None:
         _options.check_range("--context", context, 1)
-    given = _options.budget_bytes(memory_limit)
+    policy = _options.cache_policy(memory_limit)
     _output.check_json_path(json_path)
-    from inferos.config import Policy
     from inferos.runtime.layout import read_layout
     from inferos.runtime.model import resolve_model
 
     layout = read_layout(resolve_model(model))
     tokens = layout.context_length if context is None else context
     _options.check_range("--context", tokens, 1, layout.context_length)
-    limit, source = (
-        (given, "--memory-limit") if given else (Policy().io.host_pool_bytes, "the policy's io.host_pool_bytes")
-    )
+    limit = policy.io.host_pool_bytes
+    source = "the policy's io.host_pool_bytes" if memory_limit is None else "--memory-limit"
     rows = [row for word in words for row in _rows(word, layout, tokens, batch_size, limit)]
     out = _output.console(json_path)
     number = "row" if batch_size == 1 else "rows"
     out.print(f"{tokens} tokens x {batch_size} {number} within {_output.human_bytes(limit)} ({source})", markup=False)
-    out.print(_table(rows, tokens))
+    out.print(_table(rows))
     report = {
         "schema": "inferos.memory-plan/1",
         "model": model,
@@ -85,7 +83,7 @@ def _rows(word: str, layout: ModelLayout, tokens: int, batch: int, limit: int) -
     if word == "off":
         return [_stock(layout, tokens, batch, limit)]
     return [
-        _Row(word, name, _figures(cache, layout.context_length, cache.at(tokens, batch), limit))
+        _Row(word, name, _figures(cache, layout.context_length, cache.at(tokens, batch, limit), limit))
         for name, cache in _caches(word, layout)
     ]
 
@@ -117,8 +115,8 @@ def _dynamic(start: Thresholds) -> dict[str, Thresholds]:
     moved = DynamicPolicy(start)
     return {
         "auto": start,
-        "auto, for quality": moved.thresholds(-1.0),
-        "auto, under pressure": moved.thresholds(1.0),
+        "auto, quality": moved.thresholds(-1.0),
+        "auto, pressure": moved.thresholds(1.0),
     }
 
 
@@ -134,7 +132,8 @@ def _figures(cache: CachePlan, most_tokens: int, footprint: Footprint, limit: in
         "share_of_fp16": footprint.share_of_fp16,
         "score_bytes": footprint.score_bytes,
         "memory_bytes_at_most": footprint.memory_bytes,
-        "fits": footprint.memory_bytes <= limit,
+        "fits": cache.fits(limit, footprint.tokens, footprint.rows),
+        "fits_as_shown": footprint.memory_bytes <= limit,
         "longest_context": cache.longest(limit, most_tokens, footprint.rows),
         "rows": cache.rows(limit, footprint.tokens, _MOST_ROWS),
     }
@@ -164,17 +163,18 @@ def _stock(layout: ModelLayout, tokens: int, batch: int, limit: int) -> _Row:
         "score_bytes": 0,
         "memory_bytes_at_most": None,
         "fits": buffers(tokens) * batch <= limit,
+        "fits_as_shown": buffers(tokens) * batch <= limit,
         "longest_context": min(longest, layout.context_length),
         "rows": min(limit // buffers(tokens), _MOST_ROWS),
     }
     return _Row("off", "off", shown)
 
 
-def _table(rows: list[_Row], tokens: int) -> Table:
+def _table(rows: list[_Row]) -> Table:
     from rich.table import Table
 
     shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    heads = ("kv", f"KV at {tokens}", "of FP16", "memory at most", "fits", "longest context", "rows", "tokens kept in")
+    heads = ("kv", "KV", "of FP16", "memory at most", "fits", "longest", "rows", "tokens kept in")
     for head in heads:
         shown.add_column(head, justify="left" if head in ("kv", "fits", "tokens kept in") else "right", no_wrap=True)
     for row in rows:
@@ -185,7 +185,7 @@ def _table(rows: list[_Row], tokens: int) -> Table:
             _output.human_bytes(figures["kv_bytes"]),
             f"{figures['share_of_fp16']:.1%}",
             "unknown" if most is None else _output.human_bytes(most),
-            "yes" if figures["fits"] else "no",
+            "yes" if figures["fits_as_shown"] else "packed further" if figures["fits"] else "no",
             str(figures["longest_context"]),
             str(figures["rows"]),
             ", ".join(f"{share:.0%} {kv}" for kv, share in figures["tokens_by_format"].items()),

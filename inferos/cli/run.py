@@ -42,5 +42,12 @@ def run(
         typer.echo(_generation.one_line(numbers, loaded.kv), err=True)
         _output.write_json(
             options.json_path,
-            {"schema": "inferos.run/1", "model": model, "kv": loaded.kv, "text": generation.text, **numbers},
+            {
+                "schema": "inferos.run/1",
+                "model": model,
+                "kv": loaded.kv,
+                "policy": _generation.policy_in_force(loaded),
+                "text": generation.text,
+                **numbers,
+            },
         )

@@ -198,7 +198,7 @@ class KVCache:
         For "auto": the narrowest format. "auto" measures, layer by layer and as the text goes on, how far INT4 keys would
         move the attention of real queries, and keeps keys in INT8 (k8v4) where that is too far.
     max_levels : sequence of {"L0", "L1", "L2", "L3"}, optional
-        For "auto", per layer, how far its blocks may go: L0 stays FP16, L1 INT8 at most, L2 `l2_format` but not
+        Per layer, how far its blocks may go: L0 stays FP16, L1 INT8 at most, L2 as narrow as there is but not
         evicted, L3 all; L3 everywhere if absent.
     gamma : float, default 0.997
         For "auto": decay of the averaged attention mass, per token.
@@ -247,7 +247,7 @@ class KVCache:
         self._own(
             _core.cache.open(
                 shapes,
-                [narrowest] * len(shapes),
+                [narrowest] * len(shapes) if kv == "auto" else _limited(kv, max_levels, len(shapes)),
                 recent_window,
                 sink_tokens,
                 max_tokens,
@@ -567,6 +567,15 @@ class KVCache:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _limited(kv: str, max_levels: Sequence[str] | None, layers: int) -> list[str]:
+    """The format of each layer where `kv` is fixed: as narrow as the layer's level allows."""
+    widest = {"L0": "f16", "L1": "int8", "L2": kv, "L3": kv}
+    levels = ["L3"] * layers if max_levels is None else list(max_levels)
+    if len(levels) != layers or not all(level in widest for level in levels):
+        raise ConfigError(f"max_levels: {max_levels!r:.60} is not L0, L1, L2 or L3 for each of {layers} layers")
+    return [min(kv, widest[level], key=KV_FORMATS.index) for level in levels]
 
 
 def _close(handle: list[int]) -> None:

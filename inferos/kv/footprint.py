@@ -6,7 +6,7 @@ import bisect
 import functools
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -21,10 +21,10 @@ __all__ = ["CachePlan", "Footprint"]
 
 _BLOCK_TOKENS = 64
 _FORMATS: dict[str, BlockFormat] = {"f16": "f16", "int8": "int8", "k8v4": "k8v4", "int4": "int4"}
-# csrc/core/arena.cpp: a slab is at most a 16th of what is held, within 64 KiB..2 MiB.
-_SMALLEST_SLAB, _LARGEST_SLAB, _SLAB_SHARE = 64 << 10, 2 << 20, 16
+# csrc/core/arena.cpp: a slab is at most a 16th of what is held, within 64 KiB..2 MiB, and under a budget a 128th of that.
+_SMALLEST_SLAB, _LARGEST_SLAB, _SLAB_SHARE, _BUDGET_SLABS = 64 << 10, 2 << 20, 16, 128
 _GROWING_SLABS = 96  # smaller than the largest, until 32 MiB are held: 32 of the smallest, 16 of every other size
-_PAGE = 4096
+_PAGE, _LAST_PAGE = 4096, 32  # under a budget at most a 32nd of a slab is its last page's unused end
 
 _Key = TypeVar("_Key", str, int)
 
@@ -101,8 +101,8 @@ class CachePlan:
             raise ConfigError(f"l2_format: {self.l2_format!r} is not one of k8v4, int4: a plan needs to know which")
         check_thresholds(self.thresholds)
 
-    def at(self, tokens: int, rows: int = 1) -> Footprint:
-        """What `rows` sequences of `tokens` tokens each take, at least 1 of both."""
+    def at(self, tokens: int, rows: int = 1, budget_bytes: int = 0) -> Footprint:
+        """What `rows` sequences of `tokens` tokens each take, at least 1 of both; in an arena with that budget, 0 = none."""
         blocks, held, live, most = Counter[str](), Counter[str](), Counter[int](), Counter[int]()
         scores = fp16_bytes = 0
         for spec, layers in Counter(self.layers).items():
@@ -122,16 +122,47 @@ class CachePlan:
             kv_bytes=sum(size * count for size, count in live.items()),
             score_bytes=scores * _score_bytes(),
             fp16_bytes=fp16_bytes,
-            memory_bytes=_arena_bytes(most),
+            memory_bytes=_arena_bytes(most, budget_bytes),
         )
 
+    def fits(self, budget_bytes: int, tokens: int, rows: int = 1) -> bool:
+        """Whether so much stays within an arena's budget at every moment.
+
+        One sequence of `auto` is packed narrower than its thresholds ask for where memory is short, down to `l2_format`
+        everywhere. Several do so each for itself and cannot count on one another.
+        """
+        if self.at(tokens, rows, budget_bytes).memory_bytes <= budget_bytes:
+            return True
+        return self.kv == "auto" and rows == 1 and self._squeezed(tokens, budget_bytes) <= budget_bytes
+
     def longest(self, budget_bytes: int, most: int, rows: int = 1) -> int:
-        """Most tokens, up to `most`, of which `rows` sequences stay within the budget; 0 if not even one."""
-        return _last(most, lambda tokens: self.at(tokens, rows).memory_bytes <= budget_bytes)
+        """Most tokens, up to `most`, of which `rows` sequences fit; 0 if not even one."""
+        return _last(most, lambda tokens: self.fits(budget_bytes, tokens, rows))
 
     def rows(self, budget_bytes: int, tokens: int, most: int = 1 << 16) -> int:
-        """Most sequences of `tokens` tokens, up to `most`, that stay within the budget together."""
-        return _last(most, lambda rows: self.at(tokens, rows).memory_bytes <= budget_bytes)
+        """Most sequences of `tokens` tokens, up to `most`, that fit together."""
+        return _last(most, lambda rows: self.fits(budget_bytes, tokens, rows))
+
+    def _squeezed(self, tokens: int, budget_bytes: int) -> int:
+        """Memory of a sequence of auto whose blocks are all as narrow as they may become."""
+        tight = replace(self, thresholds=(1.0, 1.0, 1.0))
+        most, spare = Counter[int](), 0
+        for spec, layers in Counter(self.layers).items():
+            heads = layers * spec.kv_heads
+            head = tight._head(spec, tokens)  # noqa: SLF001 - of this class
+            held = self._held(spec, -(-tokens // _BLOCK_TOKENS))
+            counts = head.most.copy()
+            # What has just left the window becomes INT8 first.
+            counts[_block_bytes("int8", spec.head_dim)] = min(held, self._passing)
+            most.update(_times(counts, heads))
+            sizes = (_block_bytes(kv, spec.head_dim) for kv in ("f16", "int8"))
+            spare = max(spare, *(_largest_slab(size, budget_bytes) for size in sizes))
+        return _arena_bytes(most, budget_bytes) + 2 * spare  # which the cache keeps free, to demote in
+
+    @property
+    def _passing(self) -> int:
+        """Most blocks that a run of a prompt has in FP16, or changes, in one kv head."""
+        return (self.recent_window + self.prefill_chunk) // _BLOCK_TOKENS + 3
 
     def _head(self, spec: LayerSpec, tokens: int) -> _Head:
         """One kv head, laid out as csrc/kv does it."""
@@ -189,8 +220,7 @@ class CachePlan:
         elif self.kv == "auto":
             most["int8"] += settled["f16"]
         stays = self.kv == "f16" or (self.kv == "auto" and self.thresholds[0] < 1)
-        passing = (self.recent_window + self.prefill_chunk) // _BLOCK_TOKENS + 3
-        most["f16"] = held if stays else min(held, passing)
+        most["f16"] = held if stays else min(held, self._passing)
         return most
 
 
@@ -225,24 +255,36 @@ def _score_bytes() -> int:
         return cache.stats().score_bytes
 
 
-def _arena_bytes(most: Counter[int]) -> int:
+def _arena_bytes(most: Counter[int], budget_bytes: int) -> int:
     """Most an arena holds for so many blocks of each size.
 
     A slab is added when all others of its size are full, so beyond the blocks there is at most one of each size, and
     what a slab's end is too short for.
     """
     sizes = {size: count for size, count in most.items() if count}
-    blocks = sum(size * count for size, count in sizes.items())
-    held, before = blocks, -1
+    held, before = 0, -1
     while held != before:
         before = held
         share = held // _SLAB_SHARE
-        slab = min(max(1 << share.bit_length() >> 1, _SMALLEST_SLAB), _LARGEST_SLAB)
-        ends = sum((size * count // _LARGEST_SLAB + 1) * (_LARGEST_SLAB % size) for size, count in sizes.items())
-        ends = ends if slab == _LARGEST_SLAB else 0
-        small = min(_GROWING_SLABS, held // _SMALLEST_SLAB + 1) + 2 * len(sizes)
-        held = max(before, blocks + slab * len(sizes) + ends + small * _PAGE)
+        grown = min(max(1 << share.bit_length() >> 1, _SMALLEST_SLAB), _LARGEST_SLAB)
+        held = _PAGE * min(_GROWING_SLABS, held // _SMALLEST_SLAB + 1)
+        for size, count in sizes.items():
+            largest = _largest_slab(size, budget_bytes) if budget_bytes else _LARGEST_SLAB
+            slab = max(min(grown, largest), size)
+            reserved = slab if slab == _LARGEST_SLAB else -(-(slab // size * size) // _PAGE) * _PAGE
+            ends = reserved - slab // size * size if slab >= largest else 0  # smaller ones' are counted above
+            held += size * count + ends * (count // (slab // size)) + reserved + 2 * _PAGE
+        held = max(held, before)
     return held
+
+
+def _largest_slab(size: int, budget_bytes: int) -> int:
+    """Bytes of a slab of blocks of `size` at most, in an arena with a budget."""
+    least = size
+    while -least % _PAGE * _LAST_PAGE > least:
+        least += size
+    share = 1 << (budget_bytes // _BUDGET_SLABS).bit_length() >> 1
+    return min(max(share, least), max(least, _LARGEST_SLAB))
 
 
 def _last(most: int, fits: Callable[[int], bool]) -> int:

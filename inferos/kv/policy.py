@@ -48,8 +48,9 @@ class PolicyStore:
     ----------
     policy : Policy, optional
         The first one; the defaults unless given.
-    check : callable, optional
-        Called with a policy before it comes into force; what it raises refuses the policy.
+    apply : callable, optional
+        Called with each policy that is to replace the one in force, one at a time; what it raises refuses the policy.
+        It must not call the store.
     clock : callable, default time.time
         Seconds.
     keep : int, default 100
@@ -58,25 +59,23 @@ class PolicyStore:
     Raises
     ------
     ConfigError
-        If `keep` is below 1, or `check` refuses the first policy.
+        If `keep` is below 1.
     """
 
     def __init__(
         self,
         policy: Policy | None = None,
         *,
-        check: Callable[[Policy], None] | None = None,
+        apply: Callable[[Policy], None] | None = None,
         clock: Callable[[], float] = time.time,
         keep: int = 100,
     ) -> None:
         if keep < 1:
             raise ConfigError(f"PolicyStore: keep {keep} is not at least 1")
         first = policy or Policy()
-        self._check = check
+        self._apply = apply
         self._clock = clock
         self._lock = threading.Lock()
-        if check is not None:
-            check(first)
         self._versions = deque([PolicyVersion(1, "start", clock(), first)], maxlen=keep)
 
     @property
@@ -113,7 +112,7 @@ class PolicyStore:
         Raises
         ------
         ConfigError
-            If the version is not remembered, or the check or the reason is refused.
+            If the version is not remembered, or it or the reason is refused.
         """
         with self._lock:
             found = next((kept for kept in self._versions if kept.version == version), None)
@@ -125,8 +124,8 @@ class PolicyStore:
     def _add(self, policy: Policy, reason: str) -> int:
         if not isinstance(reason, str) or not 0 < len(reason.strip()) <= _LONGEST_REASON:
             raise ConfigError(f"reason: {reason!r:.60} is not a text of 1..{_LONGEST_REASON} characters")
-        if self._check is not None:
-            self._check(policy)
+        if self._apply is not None:
+            self._apply(policy)
         version = self._versions[-1].version + 1
         self._versions.append(PolicyVersion(version, reason.strip(), self._clock(), policy))
         return version

@@ -187,7 +187,9 @@ class ShadowReplay:
         self._pending: _Request | None = None
         self._counts = ShadowCounts()
         self._readings: deque[ShadowReading] = deque(maxlen=_KEPT)
-        self._lock = threading.Lock()  # over the fields; never held while a model runs
+        # Over the fields; never held while a model runs. A generation that the collector finds while it is held ends
+        # in `finished`, in the same thread.
+        self._lock = threading.RLock()
         self._running = threading.Lock()
         self._background: Background | None = None
         self._closed = False

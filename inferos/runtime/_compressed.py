@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import threading
 from collections.abc import Iterator
 from collections.abc import Sequence as Collection
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,9 @@ from inferos.errors import BusyError, ClosedError, InferosError, ProviderError, 
 from inferos.kv import Arena, KVCache, LayerSpec
 from inferos.runtime._graph import load_graph
 from inferos.runtime._ort import ORT_ERRORS, check_ids, chunks, input_types, open_ort, session_options
+from inferos.runtime._reviews import QualitySource, Reviews
 from inferos.runtime._trim import FROM_INPUT, trim_logits
+from inferos.runtime.cache_rules import CacheRules
 from inferos.runtime.layout import HANDLE_INPUT, LENGTHS_INPUT, TOTAL_INPUT, ModelLayout
 from inferos.runtime.protocols import Float32, Ids, TokenSequence
 from inferos.runtime.register import register
@@ -29,6 +31,10 @@ __all__ = ["CompressedSequence", "CompressedSession"]
 class CompressedSession:
     """A decoder whose attention keeps K and V in inferos' cache.
 
+    `rules` may be replaced at any time: new sequences are opened by them, and open ones follow from their next review
+    on, as far as an open cache can: its sinks, its scorer and a fixed format stay. `measured_delta_ppl` is asked for
+    the newest measured delta PPL before a review whose thresholds move.
+
     Thread-safe over different sequences; a sequence is used by one thread at a time (`BusyError` otherwise).
     """
 
@@ -36,36 +42,27 @@ class CompressedSession:
         self,
         layout: ModelLayout,
         *,
-        kv: str,
-        recent_window: int,
-        sink_tokens: int,
+        rules: CacheRules,
         arena: Arena,
         threads: int,
         prefill_chunk: int,
-        thresholds: tuple[float, float, float] = (1.0, 0.7, 0.3),
-        l2_format: str = "k8v4",
     ) -> None:
-        self.kv = kv
         self.layout = layout
         self.arena = arena
         self.prefill_chunk = prefill_chunk
-        self.new_cache = functools.partial(
-            KVCache,
-            [LayerSpec(layer.kv_heads, layer.head_dim, layer.local_window) for layer in layout.layers],
-            kv=kv,
-            recent_window=recent_window,
-            sink_tokens=sink_tokens,
-            arena=arena,
-            max_tokens=layout.context_length,
-            thresholds=thresholds,
-            l2_format=l2_format,
-        )
-        self.new_cache().close()  # wrong options show here, before the weights are read
+        self.rules = rules
+        self.measured_delta_ppl: QualitySource = lambda: None
+        self.sequence().close()  # wrong options show here, before the weights are read
         graph, self.trims = _decoder_graph(layout)
         options = session_options(threads)
         register(options)
         self.ort = open_ort(graph, options, layout.folder)
         self.types = input_types(self.ort)
+
+    @property
+    def kv(self) -> str:
+        """What older tokens are kept in: f16, int8, k8v4, int4 or auto. Of sequences that are opened now."""
+        return self.rules.kv
 
     @property
     def vocab_size(self) -> int:
@@ -79,7 +76,14 @@ class CompressedSession:
 
     def sequence(self) -> CompressedSequence:
         """A new, empty sequence."""
-        return CompressedSequence(self, self.new_cache())
+        return self.sequence_of(self.rules, self.arena)
+
+    def sequence_of(self, rules: CacheRules, arena: Arena) -> CompressedSequence:
+        """A new sequence kept by `rules` in `arena`, until the session's own rules are replaced."""
+        reviews = Reviews(rules, self.rules, lambda: self.measured_delta_ppl())
+        layers = [LayerSpec(layer.kv_heads, layer.head_dim, layer.local_window) for layer in self.layout.layers]
+        cache = KVCache(layers, arena=arena, max_tokens=self.layout.context_length, **rules.options())
+        return CompressedSequence(self, cache, reviews)
 
     def beside(self, *, kv: str | None = None, budget_bytes: int = 0) -> CompressedSession:
         """The same model and weights over caches that take nothing from this session's budget.
@@ -92,10 +96,9 @@ class CompressedSession:
             Bytes that its sequences may hold together; 0 = no limit.
         """
         other = copy.copy(self)
-        other.kv = self.kv if kv is None else kv
+        other.rules = self.rules if kv is None else replace(self.rules, kv=kv)
         other.arena = Arena(budget_bytes)
-        other.new_cache = functools.partial(self.new_cache, kv=other.kv, arena=other.arena)
-        other.new_cache().close()
+        other.sequence().close()
         return other
 
     def step(self, sequences: Collection[TokenSequence], ids: Ids) -> Float32:
@@ -118,6 +121,8 @@ class CompressedSession:
             check_ids([token], self.layout, row.length)
         with contextlib.ExitStack() as held:
             turns = [held.enter_context(row.turn()) for row in rows]
+            for turn in turns:
+                turn.sequence.reviews.before_step(turn.cache, 1, self.rules)
             logits = self.run(turns, tokens.astype(np.int64)[:, None])
             _commit(turns)
             last: Float32 = logits[:, -1].astype(np.float32, copy=False)
@@ -176,9 +181,10 @@ class Turn:
 class CompressedSequence:
     """Tokens of one conversation and their cache."""
 
-    def __init__(self, session: CompressedSession, cache: KVCache) -> None:
+    def __init__(self, session: CompressedSession, cache: KVCache, reviews: Reviews) -> None:
         self.session = session
         self.cache = cache
+        self.reviews = reviews
         self._turn: Turn | None = None
         self._guard = threading.Lock()  # over _turn and what is done on its strength; never held while the model runs
 
@@ -220,7 +226,7 @@ class CompressedSequence:
     def fork(self) -> CompressedSequence:
         """A second sequence with the same tokens; packed blocks are shared."""
         with self.turn():
-            return CompressedSequence(self.session, self.cache.fork())
+            return CompressedSequence(self.session, self.cache.fork(), self.reviews.fork())
 
     def close(self) -> None:
         """Free the cache; a run in flight fails with ClosedError."""
@@ -279,6 +285,7 @@ class CompressedSequence:
             ids = check_ids(ids, session.layout, start)
             try:
                 for chunk in chunks(ids, step, shown):
+                    self.reviews.before_step(turn.cache, len(chunk), session.rules)
                     logits = session.run([turn], chunk[None, :], keep_all=keep_all)[0]
                     self.commit(turn)
                     rows.append((logits if keep_all else logits[-1:]).astype(np.float32))

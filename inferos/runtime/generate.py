@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 
-from inferos.errors import BusyError, ConfigError, InferosError, RewindError
+from inferos.errors import BudgetError, BusyError, ConfigError, InferosError, RewindError
 from inferos.runtime.protocols import DecoderSession, Float32, Ids, TokenSequence
 from inferos.runtime.sampler import Sampler
 from inferos.runtime.tokenizer import TextStream
@@ -26,7 +26,7 @@ __all__ = ["CachedTokens", "Cancel", "FinishReason", "Generation", "Limits", "To
 MAX_STOPS = 64
 MAX_STOP_LENGTH = 256
 
-FinishReason = Literal["eos", "stop", "length", "context", "cancelled"]
+FinishReason = Literal["eos", "stop", "length", "context", "budget", "cancelled"]
 
 
 class Cancel(Protocol):
@@ -57,12 +57,13 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Where a generation ends: ids, texts, a number of tokens, an event."""
+    """Where a generation ends: ids, texts, a number of tokens, an event, a KV budget that is used up."""
 
     max_tokens: int
     eos_ids: frozenset[int] = frozenset()
     stops: tuple[str, ...] = ()
     cancel: Cancel | None = None
+    budget_ends: bool = False
 
 
 class CachedTokens:
@@ -164,7 +165,9 @@ class Generation:
 
     @property
     def finish_reason(self) -> FinishReason | None:
-        """eos, stop (a stop text), length (max_tokens), context (it is full) or cancelled; None before the end."""
+        """eos, stop (a stop text), length (max_tokens), context (it is full), budget (the KV budget is used up, and
+        the policy's overflow is stop) or cancelled; None before the end.
+        """
         return self._run.reason
 
     @property
@@ -320,13 +323,14 @@ class _Run:
             if self.reason is not None:
                 break
             began = self._clock()
-            logits = self.cached.feed([choice.id])
-            self._sampler.accept(choice.id)
+            logits = self._feed([choice.id])
+            if logits is not None:
+                self._sampler.accept(choice.id)
         if self.reason != "stop":
             yield from tail.flush(stream.flush() if stream is not None else "")
 
     def _prefill(self) -> Float32 | None:
-        """Logits after the prompt, or None if cancelled on the way."""
+        """Logits after the prompt, or None if cancelled on the way or out of budget."""
         self.cached_tokens = self.cached.align(self._prompt)
         self._sampler.observe(np.array(self._prompt, dtype=np.int64))
         logits = None
@@ -334,8 +338,20 @@ class _Run:
             if self._cancelled():
                 self.reason = "cancelled"
                 return None
-            logits = self.cached.feed(chunk)
+            logits = self._feed(chunk)
+            if logits is None:
+                break
         return logits
+
+    def _feed(self, ids: Sequence[int]) -> Float32 | None:
+        """Logits after the ids, or None where the budget ends the text; the cache holds what it held."""
+        try:
+            return self.cached.feed(ids)
+        except BudgetError:
+            if not self._limits.budget_ends:
+                raise
+            self.reason = "budget"
+            return None
 
     def _reason_after(self, tail: _Tail, drawn: int) -> FinishReason | None:
         if tail.stopped:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import operator
 import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -17,14 +17,18 @@ import numpy as np
 import numpy.typing as npt
 
 from inferos.config import Policy, check_kv, load_policy, parse_size
-from inferos.errors import BusyError, ClosedError, ConfigError, ContextError, ModelError, ShapeError
-from inferos.runtime.chat import ChatTemplate, Message, check_messages, find_template
+from inferos.errors import ClosedError, ConfigError, ContextError, ModelError, ShapeError
+from inferos.kv.policy import PolicyStore, PolicyVersion
+from inferos.runtime.cache_rules import CacheRules
+from inferos.runtime.chat import ChatTemplate, Message, find_template
+from inferos.runtime.conversation import Conversation
+from inferos.runtime.effective import EffectivePolicy, describe_policy
 from inferos.runtime.generate import CachedTokens, Cancel, Generation, Limits, check_stops
-from inferos.runtime.protocols import DecoderSession, Ids, RequestObserver
+from inferos.runtime.protocols import DecoderSession, FollowsRules, Ids, RequestObserver
 from inferos.runtime.sampler import Sampler, SamplingOptions
 from inferos.runtime.tokenizer import TextTokenizer, read_json
 
-__all__ = ["Conversation", "DEFAULT_MAX_TOKENS", "Model", "Prompt", "load", "resolve_model"]
+__all__ = ["DEFAULT_MAX_TOKENS", "Model", "Prompt", "load", "resolve_model"]
 
 DEFAULT_MAX_TOKENS = 256
 
@@ -32,7 +36,6 @@ Prompt = str | Sequence[int] | npt.NDArray[np.integer[Any]] | Sequence[Message]
 """A text, ids (tokens,), or messages for the model's chat template."""
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-_log = logging.getLogger(__name__)
 
 
 def resolve_model(model: str | Path) -> Path:
@@ -99,26 +102,20 @@ def load(
         If the folder holds no usable decoder model, or one whose attention cannot be rewritten.
     """
     from inferos.runtime.layout import read_layout
-    from inferos.runtime.session import open_session
+    from inferos.runtime.session import open_by_policy
 
     rules = load_policy(policy)
-    resolved = rules.resolve()
     word = check_kv(kv)
-    budget = rules.io.host_pool_bytes if budget_bytes is None else parse_size(budget_bytes)
+    budget = None if budget_bytes is None else parse_size(budget_bytes)
     layout = read_layout(resolve_model(model))
-    session = open_session(
+    session = open_by_policy(
         layout,
-        kv=resolved.kv if word == "auto" else word,
-        recent_window=resolved.recent_window,
-        sink_tokens=resolved.sink_tokens,
+        word,
+        rules,
         budget_bytes=budget,
         threads=threads,
         prefill_chunk=prefill_chunk,
-        thresholds=resolved.thresholds.as_tuple(),
-        l2_format="k8v4" if resolved.l2_format == "auto" else resolved.l2_format,
     )
-    if rules.kv.layer_overrides:
-        _log.warning("kv.layer_overrides is not in force yet: every layer is kept as kv=%s says", session.kv)
     return Model(
         session,
         folder=layout.folder,
@@ -126,6 +123,7 @@ def load(
         bos_id=layout.bos_id,
         eos_ids=layout.eos_ids,
         policy=rules,
+        policy_word=word,
         prefill_chunk=prefill_chunk,
     )
 
@@ -141,6 +139,8 @@ class Model:
     name : str
     bos_id, eos_ids : special ids of the model's configuration
     policy : Policy, optional
+    policy_word : str, optional
+        The `--kv` word: auto leaves the format to the policy. The session's own unless given.
     prefill_chunk : int
         Tokens fed between two looks at the cancel event.
     clock : seconds, monotonic
@@ -149,6 +149,8 @@ class Model:
     ----------
     observer : RequestObserver or None
         Told of every generation that ended without an error; may be set at any time.
+    policies : PolicyStore
+        The policy in force and its history. What is changed there is in force like `set_policy`.
 
     Notes
     -----
@@ -164,6 +166,7 @@ class Model:
         bos_id: int | None = None,
         eos_ids: Sequence[int] = (),
         policy: Policy | None = None,
+        policy_word: str | None = None,
         prefill_chunk: int = 512,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -172,13 +175,65 @@ class Model:
         self.name = name
         self.bos_id = bos_id
         self.eos_ids = tuple(eos_ids)
-        self.policy = policy or Policy()
+        self._word = policy_word or session.kv
+        self._first = policy or Policy()
+        self.policies = PolicyStore(self._first, apply=self._follow)
         self.observer: RequestObserver | None = None
         self._prefill_chunk = prefill_chunk
         self._clock = clock
         self._closed = False
         self._open: weakref.WeakSet[Generation | Conversation] = weakref.WeakSet()
         self._open_lock = threading.Lock()
+
+    @property
+    def policy(self) -> Policy:
+        """The policy in force."""
+        return self.policies.policy
+
+    @property
+    def policy_history(self) -> tuple[PolicyVersion, ...]:
+        """The policies that were in force, oldest first; the last one is."""
+        return self.policies.history
+
+    def set_policy(self, changes: Mapping[str, Any], reason: str) -> int:
+        """Change the policy while the model runs; the new version's number.
+
+        Open sequences follow from their next review on, as far as an open cache can: its sinks, its scorer and a
+        fixed format stay. New sequences are kept by the new policy. `effective_policy` says what is not in force.
+
+        Parameters
+        ----------
+        changes : mapping
+            Merged into the policy, as `Policy.update`.
+        reason : str
+            For the history.
+
+        Raises
+        ------
+        ConfigError
+            If a change is refused, or names a layer the model does not have; nothing is changed.
+        """
+        return self.policies.update(changes, reason)
+
+    @property
+    def effective_policy(self) -> EffectivePolicy:
+        """What is in force beside what was asked for."""
+        arena = getattr(self.session, "arena", None)
+        return describe_policy(
+            self.policies.current,
+            self._first,
+            getattr(self.session, "rules", None),
+            word=self._word,
+            budget_bytes=None if arena is None else arena.stats().budget_bytes,
+        )
+
+    def watch_quality(self, source: Callable[[], float | None]) -> None:
+        """Let mode dynamic follow a measured quality: `source` gives the newest delta PPL, or None.
+
+        It is asked before a review, by the thread that decodes; `inferos.quality.QualityMonitor.current` is meant.
+        """
+        if isinstance(self.session, FollowsRules):
+            self.session.measured_delta_ppl = source
 
     @property
     def kv(self) -> str:
@@ -369,7 +424,17 @@ class Model:
             special = self.tokenizer.special_tokens
             ends.update(special[text] for text in texts if text in special)
             texts = tuple(text for text in texts if text not in special)
-        return Sampler(options), Limits(count, frozenset(ends), texts, cancel)
+        return Sampler(options), Limits(
+            count, frozenset(ends), texts, cancel, budget_ends=self.policy.kv.overflow == "stop"
+        )
+
+    def _follow(self, policy: Policy) -> None:
+        """Bring a policy into force. Before the first change a fixed format that it chose is kept as such."""
+        if not isinstance(self.session, FollowsRules):
+            return
+        rules = CacheRules.of(policy, len(self.session.layout.layers), self._word)
+        # What may change again is reviewed: an open cache of a fixed format could not follow.
+        self.session.rules = replace(rules, kv="auto") if self._word == "auto" else rules
 
     def _cache(self) -> CachedTokens:
         return CachedTokens(self.session, self._prefill_chunk)
@@ -414,117 +479,10 @@ class Model:
             raise ClosedError("Model: it is closed")
 
 
-class Conversation:
-    """Turns with one cache: what a turn shares with the one before is not computed again.
-
-    Made by `Model.chat`. One thread at a time.
-    """
-
-    def __init__(self, model: Model, system: str | None, options: Mapping[str, Any]) -> None:
-        self._model = model
-        self._options = dict(options)
-        self._messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
-        self._cached: CachedTokens | None = None
-        # Weak: the generation holds the conversation, for its answer.
-        self._running: weakref.ref[Generation] | None = None
-        self._closed = False
-
-    @property
-    def messages(self) -> list[Message]:
-        """A copy of what was said, the answers included."""
-        return list(self._messages)
-
-    @property
-    def cached_tokens(self) -> int:
-        """Tokens in the cache."""
-        return len(self._cached.ids) if self._cached is not None else 0
-
-    def send(self, content: str | Message | Sequence[Message], **options: Any) -> Generation:
-        """Say something; the answer comes as a generation.
-
-        A generation that is not finished is closed first, and what it gave counts as its answer. If it gave
-        nothing, the answer fails or the messages do not fit, the conversation is as it was before.
-
-        Parameters
-        ----------
-        content : the user's text, a message, or several (such as tool results)
-        options : as of `Model.generate`, for this turn
-
-        Raises
-        ------
-        ClosedError
-            If the conversation or its model is closed.
-        BusyError
-            If another thread is inside the answer before.
-        ConfigError, ContextError, TemplateError
-            As `Model.generate`.
-        """
-        if self._closed:
-            raise ClosedError("Conversation: it is closed")
-        if not self._finish():
-            raise BusyError("Conversation: another thread is taking an answer from it")
-        model, before = self._model, list(self._messages)
-        chosen = {**self._options, **options}
-        tools = chosen.pop("tools", None)
-        sampler, limits = model._prepare(True, **chosen)  # noqa: SLF001 - a part of Model
-        messages = [*before, *_as_messages(content)]
-        ids = model.prompt_ids(messages, tools=tools)
-        if self._cached is None:
-            self._cached = model._cache()  # noqa: SLF001
-        self._messages = messages
-
-        def end(generation: Generation, error: BaseException | None) -> None:
-            if error is not None or (generation.tokens == 0 and generation.finish_reason == "cancelled"):
-                self._messages = before
-            else:
-                self._messages.append({"role": "assistant", "content": generation.text})
-            if self._closed and self._cached is not None:
-                self._cached.sequence.close()
-
-        generation = model._start(self._cached, ids, sampler, limits, end)  # noqa: SLF001
-        self._running = weakref.ref(generation)
-        return generation
-
-    def reset(self) -> None:
-        """Forget everything but the system message. The cache is freed."""
-        if not self._finish():
-            raise BusyError("Conversation: another thread is taking an answer from it")
-        self._messages = [m for m in self._messages[:1] if m["role"] == "system"]
-        if self._cached is not None:
-            self._cached.sequence.close()
-            self._cached = None
-
-    def close(self) -> None:
-        """Free the cache. Closing twice does nothing."""
-        self._closed = True
-        if self._finish() and self._cached is not None:
-            self._cached.sequence.close()
-
-    def _finish(self) -> bool:
-        """End the generation that runs; False if another thread is inside, which ends it then."""
-        running = self._running() if self._running is not None else None
-        if running is None:
-            return True
-        running.close()
-        return running.done
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
-
-
 def _are_messages(prompt: Prompt) -> bool:
     return (
         isinstance(prompt, Sequence) and not isinstance(prompt, str) and any(isinstance(p, Mapping) for p in prompt[:1])
     )
-
-
-def _as_messages(content: str | Message | Sequence[Message]) -> list[dict[str, Any]]:
-    if isinstance(content, str):
-        return [{"role": "user", "content": content}]
-    return check_messages([content] if isinstance(content, Mapping) else content)
 
 
 def _checked_ids(prompt: Any, vocab_size: int) -> Ids:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Collection
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["DecoderSession", "Float32", "Ids", "RequestObserver", "SharedSession", "TokenSequence"]
+from inferos.runtime.cache_rules import CacheRules
+
+if TYPE_CHECKING:
+    from inferos.runtime.layout import ModelLayout
+
+__all__ = ["DecoderSession", "Float32", "FollowsRules", "Ids", "RequestObserver", "SharedSession", "TokenSequence"]
 
 Ids = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
@@ -76,6 +82,15 @@ class DecoderSession(Protocol):
     def step(self, sequences: Collection[TokenSequence], ids: Ids) -> Float32:
         """One token for each of several sequences: ids (rows,) -> logits (rows, vocab_size). Commits all or none."""
         ...
+
+
+@runtime_checkable
+class FollowsRules(Protocol):
+    """A session whose caches can be kept by other rules while it runs."""
+
+    layout: ModelLayout
+    rules: CacheRules
+    measured_delta_ppl: Callable[[], float | None]
 
 
 class SharedSession(DecoderSession, Protocol):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from inferos.config import Policy, Thresholds
 from inferos.errors import ConfigError
+from inferos.runtime.cache_rules import CacheRules
 from inferos.runtime.layout import ModelLayout, read_layout
 from inferos.runtime.protocols import DecoderSession
 
-__all__ = ["open_session"]
+__all__ = ["open_by_policy", "open_session"]
 
 
 def open_session(
@@ -21,7 +23,8 @@ def open_session(
     threads: int = 0,
     prefill_chunk: int = 512,
     thresholds: tuple[float, float, float] = (1.0, 0.7, 0.3),
-    l2_format: str = "k8v4",
+    l2_format: str = "auto",
+    rules: CacheRules | None = None,
 ) -> DecoderSession:
     """Open a decoder model on the CPU.
 
@@ -45,7 +48,10 @@ def open_session(
     thresholds : (float, float, float)
         For auto: L1, L2 and L3, as in `inferos.kv.KVCache`.
     l2_format : str
-        For auto: the narrowest format, k8v4 or int4.
+        For auto: the narrowest format, k8v4 or int4; auto = each layer decides.
+    rules : CacheRules, optional
+        All of it about the caches; kv (unless it is off), recent_window, sink_tokens, thresholds and l2_format are not
+        looked at then.
 
     Returns
     -------
@@ -79,14 +85,48 @@ def open_session(
         return StockSession(layout, threads=threads, prefill_chunk=prefill_chunk)
     from inferos.runtime._compressed import CompressedSession
 
+    if rules is None:
+        rules = CacheRules(kv, recent_window, sink_tokens, Thresholds(*thresholds), l2_format)
     return CompressedSession(
+        layout, rules=rules, arena=Arena(budget_bytes), threads=threads, prefill_chunk=prefill_chunk
+    )
+
+
+def open_by_policy(
+    model: str | Path | ModelLayout,
+    kv: str,
+    policy: Policy,
+    *,
+    budget_bytes: int | None = None,
+    threads: int = 0,
+    prefill_chunk: int = 512,
+) -> DecoderSession:
+    """Open a decoder model whose caches are kept as a policy says.
+
+    Parameters
+    ----------
+    model : path or ModelLayout
+    kv : str
+        A `--kv` word: auto leaves the format to the policy; off = stock attention, to which the policy does not apply.
+    policy : Policy
+    budget_bytes : int, optional
+        `io.host_pool_bytes` unless given; 0 = no limit.
+    threads, prefill_chunk : int
+        As `open_session`.
+
+    Raises
+    ------
+    ConfigError
+        If an option is out of range, or the policy names a layer that the model does not have.
+    ModelError, UnsupportedError
+        As `open_session`.
+    """
+    layout = model if isinstance(model, ModelLayout) else read_layout(model)
+    return open_session(
         layout,
-        kv=kv,
-        recent_window=recent_window,
-        sink_tokens=sink_tokens,
-        arena=Arena(budget_bytes),
+        kv="off" if kv == "off" else "auto",
+        rules=CacheRules.of(policy, len(layout.layers), kv),
+        budget_bytes=policy.io.host_pool_bytes if budget_bytes is None else budget_bytes,
         threads=threads,
         prefill_chunk=prefill_chunk,
-        thresholds=thresholds,
-        l2_format=l2_format,
     )

@@ -18,6 +18,7 @@ from inferos.kv import Arena
 from inferos.runtime._compressed import CompressedSequence, CompressedSession
 from inferos.runtime._graph import load_graph
 from inferos.runtime._ort import ORT_ERRORS
+from inferos.runtime.cache_rules import CacheRules
 from inferos.runtime.layout import read_layout
 from inferos.runtime.register import register
 from inferos.runtime.rewrite import rewrite_model
@@ -36,9 +37,7 @@ def open_tiny(
     layout = read_layout(tiny_folder(folder, tiny))
     return CompressedSession(
         layout,
-        kv=kv,
-        recent_window=16,
-        sink_tokens=4,
+        rules=CacheRules(kv, recent_window=16),
         arena=Arena(budget_bytes),
         threads=2,
         prefill_chunk=prefill_chunk,

@@ -308,6 +308,18 @@ class CacheMachine(RuleBasedStateMachine):
             assert (cache.formats(0, 0) == model.formats(0, 0)).all()
 
     @precondition(lambda self: self.auto)
+    @rule(which=st.integers(0, 2), given=thresholds(), window=st.sampled_from([*WINDOWS, None]))
+    def change_the_policy(self, which: int, given: tuple[float, float, float], window: int | None) -> None:
+        cache, model = self.pair(which)
+        old = model.reviews[0].thresholds[0]
+        l1 = 1.0 if old == 1 else min(given[0], 0.9)  # what a block becomes when it leaves the window stays as it is
+        new = l1, min(given[1], l1), min(given[2], l1)
+        cache.set_policy(thresholds=new, recent_window=window)
+        model.window = window or model.window
+        for own in model.reviews:
+            own.thresholds, own.changed = new, True
+
+    @precondition(lambda self: self.auto)
     @rule(which=st.integers(0, 2), tokens=st.sampled_from([70, 130, 200]))
     def decode_from_review_to_review(self, which: int, tokens: int) -> None:
         for _ in range(tokens):

@@ -177,6 +177,31 @@ def test_eviction_stops_at_one_percent_of_a_heads_attention():
         assert np.isfinite(out).all()
 
 
+@pytest.mark.parametrize(("budget", "chunk"), [(411, 100), (434, 200), (480, 100)])
+def test_evictions_that_do_not_make_room_are_taken_back(budget, chunk):
+    cache, heavy = heavy_cache(Arena(budget * KIB), thresholds=(1.0, 1.0, 1.0))
+    with cache:
+        before: list[np.ndarray] = []
+        held: list[np.ndarray] = []
+        with pytest.raises(errors.BudgetError):
+            while True:
+                before = [cache.formats(*at) for at in heads(cache)]
+                held = [everything(cache, *at) for at in heads(cache)]
+                step(cache, chunk, heavy)
+        for at, formats, data in zip(heads(cache), before, held, strict=True):
+            now = cache.formats(*at)
+            assert ((now == NOT_HELD) == (formats == NOT_HELD)).all()
+            np.testing.assert_array_equal(everything(cache, *at)[now == formats], data[now == formats])
+
+
+def everything(cache: KVCache, layer: int, head: int) -> np.ndarray:
+    """K and V (tokens, 2, head_dim); zeros where a token was evicted."""
+    data = np.zeros((cache.length, 2, cache.layers[layer].head_dim), np.float32)
+    for p in np.flatnonzero(cache.formats(layer, head) != NOT_HELD):
+        data[p] = np.stack(cache.read(layer, head, p)[:2])
+    return data
+
+
 def test_at_most_the_share_l3_is_evicted_under_the_guard():
     cache, heavy = heavy_cache(Arena(300 * KIB), thresholds=(1.0, 1.0, 0.3))
     with cache:

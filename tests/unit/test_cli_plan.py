@@ -19,7 +19,7 @@ from inferos.runtime.session import open_session
 TINY = Tiny(layers=2)
 COLUMNS = [
     "kv", "name", "thresholds", "l2_format", "tokens_by_format", "kv_bytes", "share_of_fp16", "score_bytes",
-    "memory_bytes_at_most", "fits", "longest_context", "rows",
+    "memory_bytes_at_most", "fits", "fits_as_shown", "longest_context", "rows",
 ]  # fmt: skip
 
 
@@ -79,7 +79,7 @@ def test_narrower_is_smaller_and_every_mix_says_its_thresholds(folder: Path) -> 
     assert sizes == sorted(set(sizes), reverse=True)
     assert found["off"]["tokens_by_format"] == {"f32": 1}
     assert found["auto"]["thresholds"] == [1, 0.7, 0.3]
-    relaxed, tight = (found[name]["kv_bytes"] for name in ("auto, for quality", "auto, under pressure"))
+    relaxed, tight = (found[name]["kv_bytes"] for name in ("auto, quality", "auto, pressure"))
     assert tight < found["auto"]["kv_bytes"] < relaxed
     assert all(found[kv]["thresholds"] is None for kv in ("off", "f16", "int4"))
 

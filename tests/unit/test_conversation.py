@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from fakes import END, FakeSession, byte_folder, ids_of
 
-from inferos.errors import ClosedError, ConfigError, ContextError, ProviderLost
+from inferos.config import Policy
+from inferos.errors import BudgetError, ClosedError, ConfigError, ContextError, ProviderLost
 from inferos.runtime.model import Model
 
 
@@ -150,3 +151,14 @@ def test_a_closed_model_refuses_everything(folder: Path) -> None:
     for call in (lambda: model.generate([1]), model.chat, lambda: conversation.send("hi")):
         with pytest.raises(ClosedError):
             call()
+
+
+def test_a_turn_for_which_the_budget_had_no_room_leaves_the_conversation_as_it_was(folder: Path) -> None:
+    class SmallSession(FakeSession):
+        def before_feed(self, ids: Any) -> None:
+            raise BudgetError("the fake is full")
+
+    policy = Policy.from_mapping({"kv": {"overflow": "stop"}})
+    conversation = Model(SmallSession(), folder=folder, policy=policy).chat()
+    turn = conversation.send("hi")
+    assert (list(turn), turn.finish_reason, conversation.messages) == ([], "budget", [])

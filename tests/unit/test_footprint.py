@@ -124,17 +124,40 @@ def test_a_sliding_window_is_counted_by_what_it_shows() -> None:
 
 
 @pytest.mark.parametrize("kv", ["f16", "int8", "k8v4", "int4"])
-def test_the_longest_context_that_fits_does_and_the_rows_do(kv: str) -> None:
-    plan = CachePlan((LayerSpec(2, 32),) * 2, kv)
-    budget = 3 << 20
+@pytest.mark.parametrize("layers", [(LayerSpec(2, 32),) * 2, LAYERS], ids=["alike", "mixed"])
+@pytest.mark.parametrize("budget", [1 << 20, 3 << 20, 7_000_000])
+def test_the_longest_context_that_fits_does_and_the_rows_do(
+    kv: str, layers: tuple[LayerSpec, ...], budget: int
+) -> None:
+    plan = CachePlan(layers, kv)
     longest = plan.longest(budget, 1 << 20)
-    assert plan.at(longest).memory_bytes <= budget < plan.at(longest + 64).memory_bytes
+    assert plan.at(longest, 1, budget).memory_bytes <= budget < plan.at(longest + 64, 1, budget).memory_bytes
     with filled(plan, longest, Arena(budget)) as cache:
         assert cache.length == longest
-    rows, arena = plan.rows(budget, 1000), Arena(budget)
-    assert rows > 1
-    for cache in [filled(plan, 1000, arena) for _ in range(rows)]:
+    rows, arena = plan.rows(budget, 500), Arena(budget)
+    assert rows > 0
+    for cache in [filled(plan, 500, arena) for _ in range(rows)]:
         cache.close()
+
+
+@pytest.mark.parametrize("thresholds", [(1.0, 0.7, 0.3), (0.8, 0.3, 0.0)])
+@pytest.mark.parametrize("budget", [3 << 20, 9_000_000])
+def test_auto_is_squeezed_into_what_fits(thresholds: tuple[float, float, float], budget: int) -> None:
+    layers = (LayerSpec(2, 32),) * 2
+    plan = CachePlan(layers, "auto", thresholds=thresholds)
+    longest = plan.longest(budget, 1 << 20)
+    assert plan.at(longest, 1, budget).memory_bytes > budget  # not by its thresholds
+    random, arena = np.random.default_rng(0), Arena(budget)
+    with KVCache(layers, kv="auto", thresholds=thresholds, l2_format="k8v4", arena=arena) as cache:
+        while cache.length < longest:
+            tokens = min(512, longest - cache.length)
+            cache.begin(tokens)
+            for layer in range(2):
+                rows = random.standard_normal((3, tokens, 2, 32), dtype=np.float32)
+                cache.append(layer, rows[0], rows[1])
+                cache.attend(layer, rows[2][-1:])
+            cache.commit()
+        assert arena.stats().reserved_high_water_bytes <= budget
 
 
 def test_nothing_fits_a_budget_that_is_too_small() -> None:

@@ -14,7 +14,8 @@ from fakes import END, FailingSession, FakeSession, byte_folder, ids_of, recitin
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inferos.errors import BusyError, ConfigError, ContextError, ModelError, ProviderLost, ShapeError
+from inferos.config import Policy
+from inferos.errors import BudgetError, BusyError, ConfigError, ContextError, ModelError, ProviderLost, ShapeError
 from inferos.runtime.generate import Generation, Token, _Tail
 from inferos.runtime.model import Model, load, resolve_model
 
@@ -441,3 +442,48 @@ def test_a_generation_is_its_own_iterator() -> None:
     generation = counter()[0].generate([1])
     assert isinstance(generation, Generation)
     assert iter(generation) is generation
+
+
+# ---- a budget that is used up ----
+
+
+class SmallSession(FakeSession):
+    """Holds `room` tokens, then refuses."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+
+    def before_feed(self, ids: Any) -> None:
+        if self.sequences[-1].length + len(ids) > self.room:
+            raise BudgetError("the fake is full")
+
+
+def small(room: int, overflow: str) -> Model:
+    return Model(SmallSession(room), policy=Policy.from_mapping({"kv": {"overflow": overflow}}))
+
+
+def test_a_used_up_budget_ends_the_text_where_the_policy_says_stop() -> None:
+    generation = small(5, "stop").generate([1, 2, 3], 100)
+    assert [token.id for token in generation] == [4, 5, 6]
+    assert (generation.finish_reason, generation.tokens) == ("budget", 3)
+
+
+def test_a_used_up_budget_is_an_error_where_it_does_not() -> None:
+    generation = small(5, "error").generate([1, 2, 3], 100)
+    with pytest.raises(BudgetError):
+        list(generation)
+    assert (generation.tokens, generation.finish_reason) == (3, None)
+
+
+def test_a_prompt_beyond_the_budget_ends_without_a_token() -> None:
+    generation = small(2, "stop").generate([1, 2, 3])
+    assert (list(generation), generation.finish_reason) == ([], "budget")
+
+
+def test_text_that_was_held_back_comes_out_when_the_budget_ends_it(folder: Path) -> None:
+    session = SmallSession(4)
+    session.script = reciting(ids_of(folder, "abc" + END), 2)
+    model = Model(session, folder=folder, policy=Policy.from_mapping({"kv": {"overflow": "stop"}}))
+    generation = model.generate("go", stop=["cd"])
+    assert ("".join(token.text for token in generation), generation.finish_reason) == ("abc", "budget")

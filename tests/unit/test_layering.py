@@ -34,7 +34,7 @@ ONLY_IN = {
 # What the files of one instruction set may include besides kernel contracts and headers of their own folder:
 # nothing that has inline functions, of which the linker might keep the copy that most CPUs cannot run.
 ISA_FOLDERS = ("avx2", "avx512vnni")
-ISA_SYSTEM_HEADERS = {"immintrin.h", "cstddef", "cstdint"}
+ISA_SYSTEM_HEADERS = {"immintrin.h", "type_traits", "cstddef", "cstdint"}
 
 
 def rank_of(name: str, ranks: list[set[str]]) -> int:

@@ -64,14 +64,18 @@ def test_a_refused_update_leaves_policy_and_history(changes: dict[str, Any], rea
     assert store.history == before
 
 
-def test_what_the_check_refuses_never_comes_into_force() -> None:
-    def check(policy: Policy) -> None:
-        policy.kv.max_levels(4)
+def test_what_cannot_be_applied_never_comes_into_force() -> None:
+    applied: list[Policy] = []
 
-    store = PolicyStore(check=check)
+    def apply(policy: Policy) -> None:
+        policy.kv.max_levels(4)
+        applied.append(policy)
+
+    store = PolicyStore(apply=apply)
+    store.update({"kv": {"sink_tokens": 8}}, "x")
     with pytest.raises(ConfigError, match="the model has 4"):
         store.update({"kv": {"layer_overrides": {"4": {"max_level": "L1"}}}}, "x")
-    assert store.current.version == 1
+    assert (store.current.version, applied) == (2, [store.policy])
 
 
 def test_a_rollback_is_a_new_version_with_the_old_policy() -> None:

@@ -12,7 +12,8 @@ import onnx
 import pytest
 from models import Tiny, tiny_folder, tiny_model, token_ids, write_folder
 
-from inferos.errors import ConfigError, ContextError, ModelError, RewindError, ShapeError
+from inferos.errors import BudgetError, ConfigError, ContextError, ModelError, RewindError, ShapeError
+from inferos.runtime._compressed import CompressedSession
 from inferos.runtime._stock import StockSession
 from inferos.runtime.layout import read_layout
 from inferos.runtime.protocols import DecoderSession
@@ -159,14 +160,14 @@ def test_bytes_and_elements_are_the_caches_own(tmp_path: Path) -> None:
 
 def test_auto_packs_the_least_important_blocks_narrower_and_repeats_itself(tmp_path: Path) -> None:
     ids = token_ids(1000, 64)
-    sequence: Any = open_tiny(tmp_path, "auto", recent_window=16).sequence()
+    sequence: Any = open_tiny(tmp_path, "auto", recent_window=16, l2_format="k8v4").sequence()
     sequence.feed(ids[:300])
     wanted = [sequence.feed(token[None]) for token in ids[300:]]
     # The attention mass reached the cache: without it no block has a rank, and all of them stay INT8.
     blocks = sequence.cache.stats().blocks
     assert blocks["int8"] > 0
     assert blocks["k8v4"] > 0
-    again = open_tiny(tmp_path, "auto", recent_window=16, threads=1).sequence()
+    again = open_tiny(tmp_path, "auto", recent_window=16, l2_format="k8v4", threads=1).sequence()
     again.feed(ids[:300])
     np.testing.assert_array_equal([again.feed(token[None]) for token in ids[300:]], wanted)
 
@@ -386,3 +387,22 @@ def test_f16_equals_stock_over_512_decoded_tokens(shared: Path, tmp_path: Path, 
     differs = ours.argmax(1) != stock.argmax(1)
     assert (top[differs, -1] - top[differs, -2] < 2 * epsilon).all()
     assert read_layout(folder).dtype == "float32"
+
+
+def test_a_session_beside_shares_the_weights_and_no_budget(tmp_path: Path) -> None:
+    session = open_tiny(tmp_path, "int4", budget_bytes=1 << 20)
+    assert isinstance(session, CompressedSession)
+    before = session.arena.stats()
+    twin, plain = session.beside(), session.beside(kv="f16")
+    assert twin.ort is plain.ort is session.ort
+    assert (twin.kv, plain.kv, session.kv) == ("int4", "f16", "int4")
+    wanted = open_tiny(tmp_path, "f16").sequence().feed(IDS)
+    np.testing.assert_array_equal(plain.sequence().feed(IDS), wanted)
+    compressed = twin.sequence()
+    compressed.feed(IDS)
+    assert session.arena.stats() == before
+    np.testing.assert_array_equal(session.sequence().feed(IDS), open_tiny(tmp_path, "int4").sequence().feed(IDS))
+    with pytest.raises(ShapeError, match="sequences of this session"):
+        session.step([compressed], IDS[:1])
+    with pytest.raises(BudgetError):
+        session.beside(kv="f16", budget_bytes=1 << 16).sequence().feed(IDS)

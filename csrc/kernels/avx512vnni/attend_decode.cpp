@@ -8,13 +8,15 @@
 // The latencies of a head's reductions and of its exp would add up to a third of the time, so four heads go through them together.
 //
 // Memory is kept busy all the time: while a block is computed, the lines of the record about 8 KiB ahead are fetched, in order and
-// evenly over the phases (those of K before the values, those of V with them). On Zen 5 INT8 then runs at 0.8 of the speed of reading the
-// same bytes; fetching each line's own counterpart, which leaves memory idle during the softmax, gave 0.57, no hints 0.3.
+// evenly over the time. On Zen 5 INT8 then runs at 0.8 to 0.9 of the speed of reading the same bytes; fetching each line's own
+// counterpart, which leaves memory idle during the softmax, gave 0.57, no hints 0.3. One head alone is done with K and V sooner
+// than memory delivers them, so it fetches few lines there and most before and after the softmax.
 
 #include <immintrin.h>
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "kernels/attend_isa.hpp"
 #include "kernels/avx512vnni/lanes.hpp"
@@ -23,13 +25,27 @@ namespace inferos::kernels::avx512vnni {
 namespace {
 
 constexpr std::size_t kT = kBlockTokens;
+constexpr std::size_t kLineBytes = 64;
 constexpr std::size_t kChunk = 4;                           // query heads at a time
 constexpr std::size_t kAheadBytes = std::size_t{8} * 1024;  // measured best of 4..32 KiB
+constexpr std::size_t kFartherBytes = std::size_t{4} * 1024;
+
+enum class Fetch {  // what is read next, and into which cache
+  kFirst,           // first level: DecodeTask::near
+  kBoth,            // and what lies kFartherBytes behind it into the second
+  kSecond,          // second level
+};
+
+// Packed blocks of several heads gain 5 to 10 % by the second hint; FP16, and one head alone, are a twentieth slower with it.
+Fetch fetch_of(const DecodeTask& task) noexcept {
+  if (!task.near) return Fetch::kSecond;
+  return task.format != Format::kF16 && task.group > 1 ? Fetch::kBoth : Fetch::kFirst;
+}
 
 struct Scratch {
-  const char* ahead;                                  // the next line to fetch, and the step to the one after it:
-  std::size_t ahead_step;                             // 0 but for the first chunk of a block's heads
-  bool near;                                          // into which cache: DecodeTask
+  const char* ahead;       // the next line to fetch
+  std::size_t ahead_step;  // from a line to the next: 0 but for the first chunk of a block's heads
+  Fetch fetch;
   alignas(64) float s[kChunk][kT];                    // logits, then probabilities
   alignas(64) float w[kChunk][kMaxHeadDim];           // q * kscale
   alignas(64) std::int8_t high[kChunk][kMaxHeadDim];  // of W = 128 * high + low; K4 has high only, and it is W
@@ -51,12 +67,43 @@ struct Work {  // one block, one chunk of heads
   std::size_t head;  // first of the chunk
 };
 
-void fetch(std::size_t lines, Scratch& x) noexcept {
-  if (x.near) {
-    for (std::size_t i = 0; i < lines; ++i, x.ahead += x.ahead_step) _mm_prefetch(x.ahead, _MM_HINT_T0);
-  } else {
-    for (std::size_t i = 0; i < lines; ++i, x.ahead += x.ahead_step) _mm_prefetch(x.ahead, _MM_HINT_T1);
+// The small functions are declared inline because g++ stops inlining them else, and what is bound by arithmetic loses a twentieth.
+template <Fetch kFetch, class Pointer>
+inline void fetch_into(std::size_t lines, Pointer& ahead, std::size_t step) noexcept {
+  for (std::size_t i = 0; i < lines; ++i) {
+    const char* const line = ahead;
+    if constexpr (kFetch == Fetch::kSecond)
+      _mm_prefetch(line, _MM_HINT_T1);
+    else
+      _mm_prefetch(line, _MM_HINT_T0);
+    if constexpr (kFetch == Fetch::kBoth) _mm_prefetch(line + kFartherBytes, _MM_HINT_T1);
+    ahead = line + step;
   }
+}
+
+// Few heads wait for memory more than for arithmetic. There the pointer is volatile: each hint waits for the one before it to pass it
+// on through memory, which spreads a run of them over what follows. All at once they fill the queue of misses, and loads wait behind.
+template <std::size_t G>
+constexpr bool kPaced = G <= 2;
+
+template <std::size_t G>
+inline void fetch(std::size_t lines, Scratch& x) noexcept {
+  using Pointer = std::conditional_t<kPaced<G>, const char* volatile, const char*>;
+  Pointer& ahead = x.ahead;
+  switch (x.fetch) {
+    case Fetch::kFirst: fetch_into<Fetch::kFirst>(lines, ahead, x.ahead_step); break;
+    case Fetch::kBoth: fetch_into<Fetch::kBoth>(lines, ahead, x.ahead_step); break;
+    case Fetch::kSecond: fetch_into<Fetch::kSecond>(lines, ahead, x.ahead_step); break;
+  }
+}
+
+// Lines fetched with each step over so many vectors of codes, or twice as many of FP16: as many as the step reads, but one where one
+// head alone is done with them sooner than memory delivers more. (Not for FP16 heads so wide that the softmax is short beside them.)
+template <std::size_t G>
+constexpr std::size_t step_lines(Format format, std::size_t d, std::size_t vectors) noexcept {
+  const bool f16 = format == Format::kF16;
+  if (G == 1 && (!f16 || d <= 128)) return vectors == 0 ? 0 : 1;
+  return f16 ? (vectors + 1) / 2 : vectors;
 }
 
 template <std::size_t G, bool kWide>
@@ -67,7 +114,7 @@ void fold_queries(const Work& work, const std::byte* scales, Scratch& x) noexcep
   __m512 bias[G];
   for (std::size_t g = 0; g < G; ++g) largest[g] = bias[g] = _mm512_setzero_ps();
   for (std::size_t c = 0; c < d; c += 16) {
-    fetch(kWide ? 4 : 2, x);
+    fetch<G>(kWide ? 4 : 2, x);
     const __m512 scale = load_half(scales + 2 * c);
     const __m512 minimum = load_half(scales + 2 * (d + c));
     for (std::size_t g = 0; g < G; ++g) {
@@ -117,7 +164,7 @@ void k8_logits(const Work& work, Scratch& x) noexcept {
     for (std::size_t c = 0; c < d; c += 4, codes += 128) {
       const __m512i k0 = _mm512_loadu_si512(codes);
       const __m512i k1 = _mm512_loadu_si512(codes + 64);
-      fetch(1, x);
+      fetch<G>(1, x);
       for (std::size_t g = 0; g < G; ++g) {
         const __m512i w_high = broadcast4(x.high[g] + c);
         const __m512i w_low = broadcast4(x.low[g] + c);
@@ -147,7 +194,7 @@ void k4_logits(const Work& work, Scratch& x) noexcept {
     for (std::size_t j = 0; j < 4; ++j) sum[g][j] = _mm512_setzero_si512();
   }
   for (std::size_t c = 0; c < d; c += 8, codes += 128) {
-    fetch(2, x);
+    fetch<G>(step_lines<G>(Format::kInt4, d, 2), x);
     __m512i first[4];
     __m512i second[4];
     for (std::size_t j = 0; j < 4; ++j) {
@@ -179,7 +226,7 @@ void f16_panels(const Work& work, std::size_t panel, Scratch& x) noexcept {
     for (std::size_t j = 0; j < kPanels; ++j) sum[g][j] = _mm512_setzero_ps();
   }
   for (std::size_t c = 0; c < d; ++c) {
-    fetch(kPanels / 2, x);
+    if (kPanels == 4) fetch<G>(step_lines<G>(Format::kF16, d, kPanels), x);
     __m512 k[kPanels];
     for (std::size_t j = 0; j < kPanels; ++j) {
       const std::byte* at = keys + 32 * (j * d + c);
@@ -279,7 +326,7 @@ void v8_channels(const Work& work, std::size_t channel, const std::byte* codes, 
       for (std::size_t j = 0; j < kVectors; ++j) sum[g][j] = _mm512_setzero_si512();
     }
     for (std::size_t t = 16 * i; t < 16 * (i + 1); t += 4) {
-      fetch(kVectors, x);
+      fetch<G>(step_lines<G>(Format::kInt8, work.task.d, kVectors), x);
       __m512i v[kVectors];
       for (std::size_t j = 0; j < kVectors; ++j) v[j] = _mm512_loadu_si512(codes + (channel + 16 * j) * kT + 16 * t);
       for (std::size_t g = 0; g < G; ++g) {
@@ -308,7 +355,7 @@ void v4_channels(const Work& work, std::size_t channel, const std::byte* codes, 
     for (std::size_t j = 0; j < kVectors; ++j) sum[g][j] = _mm512_set1_epi32(x.start[g]);
   }
   for (std::size_t t = 0; t < kT; t += 8) {
-    fetch(kVectors, x);
+    fetch<G>(step_lines<G>(Format::kInt4, work.task.d, kVectors), x);
     __m512i first[kVectors];
     __m512i second[kVectors];
     for (std::size_t j = 0; j < kVectors; ++j) {
@@ -346,7 +393,7 @@ void f16_channels(const Work& work, std::size_t channel, const std::byte* values
     }
   }
   for (std::size_t t = work.range.lo; t < work.range.hi; ++t) {
-    fetch((kVectors + 1) / 2, x);
+    fetch<G>(step_lines<G>(Format::kF16, work.task.d, kVectors), x);
     __m512 v[kVectors];
     for (std::size_t j = 0; j < kVectors; ++j) {
       const std::byte* at = values + 2 * (t * d + channel + 16 * j);
@@ -386,15 +433,24 @@ void values(const Work& work, const std::byte* at, Scratch& x) noexcept {
   }
 }
 
-// The lines of a record that no other phase fetches.
-constexpr std::size_t softmax_lines(Format format, std::size_t d) noexcept {
-  switch (format) {
-    case Format::kF16: return 0;
-    case Format::kInt8: return 5 * d / 16 + 2;
-    case Format::kK8V4: return 5 * d / 16 + 4;
-    case Format::kInt4: return 3 * d / 16 + 4;
+// The lines of the record ahead that are fetched neither with K nor with V.
+template <std::size_t G>
+inline std::size_t softmax_lines(const Work& work) noexcept {
+  const Format format = work.task.format;
+  const std::size_t d = work.task.d;
+  const std::size_t four = step_lines<G>(format, d, 4);
+  const std::size_t odd = step_lines<G>(format, d, d % 64 / 16);
+  std::size_t steps = 8;
+  std::size_t keys = d / 4 + d / 2;
+  if (format == Format::kInt8) steps = 16;
+  if (format == Format::kInt4) keys = d / 8 + d / 8 * step_lines<G>(format, d, 2);
+  if (format == Format::kF16) {
+    steps = work.range.hi - work.range.lo;
+    keys = steps > 48 ? d * four : 0;
   }
-  return 0;
+  const std::size_t others = keys + steps * (d / 64 * four + odd);
+  const std::size_t lines = block_bytes(format, d) / kLineBytes;
+  return lines > others ? lines - others : 0;
 }
 
 template <std::size_t G>
@@ -411,7 +467,9 @@ void run_chunk(const Work& work, float* logits, Scratch& x) noexcept {
     fold_queries<G, true>(work, record + layout.k_scales, x);
     k8_logits<G>(work, x);
   }
-  fetch(softmax_lines(task.format, task.d), x);
+  const std::size_t left = x.ahead_step == 0 ? 0 : softmax_lines<G>(work);
+  const std::size_t early = kPaced<G> ? left / 2 : left;
+  fetch<G>(early, x);
   const TokenRange ranges[4] = {work.range, work.range, work.range, work.range};
   const __m128 largest =
       softmax_step<G>(x.s, ranges, task.softcap, logits == nullptr ? nullptr : logits + work.head * kT,
@@ -419,6 +477,7 @@ void run_chunk(const Work& work, float* logits, Scratch& x) noexcept {
   x.counts =
       static_cast<unsigned>(_mm_movemask_ps(_mm_cmpnlt_ps(largest, _mm_set1_ps(task.skip_below)))) & ((1U << G) - 1);
   if (x.counts == 0) return;
+  fetch<G>(left - early, x);
   if (task.format == Format::kInt8)
     weigh8<G>(record + layout.v_scales, x);
   else if (task.format != Format::kF16)
@@ -459,8 +518,8 @@ void attend_decode(const DecodeTask& task) noexcept {
       continue;
     }
     scratch.ahead = reinterpret_cast<const char*>(block_ahead(task, i + depth, record));
-    scratch.ahead_step = 64;
-    scratch.near = task.near;
+    scratch.ahead_step = kLineBytes;
+    scratch.fetch = fetch_of(task);
     run_block({task, block, range, 0}, logits, scratch);
   }
 }
