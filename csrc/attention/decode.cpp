@@ -149,8 +149,9 @@ void run_span(const Job& job, const Shape& shape, std::size_t span, const std::b
 }
 
 // `total` becomes the heads' weights, and `top` 0 where a head saw nothing. A token whose probability is not a number gets none.
-// `share`: what the group's probabilities count for.
-void add_mass(const Job& job, const Shape& shape, float share, float* top, float* total) noexcept {
+// `share`: what the group's probabilities count for. `first`: nothing was added before, and only what blocks hold will be read, by who
+// takes no number as 0.
+void add_mass(const Job& job, const Shape& shape, float share, float* top, float* total, bool first) noexcept {
   for (std::size_t g = 0; g < shape.group; ++g) {
     if (total[g] == 0.0F) top[g] = 0.0F;
     total[g] = total[g] == 0.0F ? 0.0F : share / total[g];
@@ -159,10 +160,15 @@ void add_mass(const Job& job, const Shape& shape, float share, float* top, float
   for (const auto& list : job.lists) {
     for (const BlockView& block : list) {
       float sum[kBlockTokens];
-      kernels::attend().mass(logits, shape.group, top, total, sum);
       float* const mass = job.mass + block.start;
-      for (std::size_t t = block.begin; t < block.end; ++t) mass[t] += sum[t] > 0.0F ? sum[t] : 0.0F;
+      const bool straight = first && block.begin == 0 && block.end == kBlockTokens;
+      kernels::attend().mass(logits, shape.group, top, total, straight ? mass : sum);
       logits += shape.group * kBlockTokens;
+      if (straight) continue;
+      for (std::size_t t = block.begin; t < block.end; ++t) {
+        const float received = sum[t] > 0.0F ? sum[t] : 0.0F;
+        mass[t] = first ? received : mass[t] + received;
+      }
     }
   }
 }
@@ -210,8 +216,10 @@ Partial merge_spans(const Job& job, const Shape& shape) noexcept {
 void finish(const Job& job, const Shape& shape) noexcept {
   const Partial merged = merge_spans(job, shape);
   if (job.logits == nullptr) return;
-  std::fill_n(job.mass, job.row->length, 0.0F);
-  add_mass(job, shape, 1.0F / static_cast<float>(shape.group), merged.m, merged.l);
+  // A sliding window leaves blocks out that the scores still have.
+  const bool only_folded = job.row->mass == nullptr && shape.local_window < 0;
+  if (!only_folded) std::fill_n(job.mass, job.row->length, 0.0F);
+  add_mass(job, shape, 1.0F / static_cast<float>(shape.group), merged.m, merged.l, only_folded);
   fold_mass(job);
 }
 
@@ -279,7 +287,7 @@ void prefill_mass(const RowPlan& row, const Shape& shape, std::size_t head) {
     job.skip_below = std::numeric_limits<float>::infinity();  // only the logits are wanted
     run_span(job, shape, 0, nullptr);
     const Partial merged = merge_spans(job, shape);
-    add_mass(job, shape, share, merged.m, merged.l);
+    add_mass(job, shape, share, merged.m, merged.l, false);
   }
   fold_mass(job);
 }
