@@ -12,7 +12,6 @@ end of the prompt attends to (SnapKV). Those two process a prompt uncompressed; 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +25,7 @@ import inferos
 from inferos.errors import BudgetError
 from inferos.kv import kernels
 from inferos.quality import measures, recall
+from inferos.runtime.cache_rules import CacheRules
 from inferos.runtime.environment import cpu_name
 from inferos.runtime.layout import ModelLayout, read_layout
 from inferos.runtime.protocols import DecoderSession, Ids
@@ -41,9 +41,8 @@ ANSWER_SEED, DOCUMENTS = 7, 4
 
 def ours(layout: ModelLayout, budget: int, **policy: Any) -> DecoderSession:
     """kv=auto with INT4 below INT8, within a budget."""
-    session = open_session(layout, kv="auto", l2_format="int4", threads=1, budget_bytes=budget, prefill_chunk=CHUNK)
-    session.new_cache = functools.partial(session.new_cache, **policy)  # type: ignore[attr-defined]
-    return session
+    rules = CacheRules("auto", l2_format="int4", **policy)
+    return open_session(layout, kv="auto", rules=rules, threads=1, budget_bytes=budget, prefill_chunk=CHUNK)
 
 
 def as_far_as_it_goes(layout: ModelLayout, ids: Ids, budget: int, **policy: Any) -> dict[str, Any]:

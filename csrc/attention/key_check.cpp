@@ -35,6 +35,7 @@ std::vector<Sample> sample_blocks(const kv::HeadStreams& streams, std::int32_t l
   }
   if (whole.size() <= kBlocks) return whole;
   std::vector<Sample> chosen;
+  chosen.reserve(kBlocks);
   const std::size_t offset = static_cast<std::size_t>(length) / kBlockTokens % whole.size();
   for (std::size_t i = 0; i < kBlocks; ++i)
     chosen.push_back(whole[(offset + i * whole.size() / kBlocks) % whole.size()]);

@@ -236,6 +236,7 @@ Array<double> scores(Handle handle, std::size_t layer, std::size_t head) {
 void set_policy(Handle handle, const PolicyArguments& policy, const std::vector<std::string>& formats,
                 std::int64_t recent_window) {
   std::vector<Format> narrowest;
+  narrowest.reserve(formats.size());
   for (const std::string& name : formats) narrowest.push_back(format_of(name));
   Lease(handle)->set_policy(policy_of(policy), std::move(narrowest), option(recent_window, "recent_window"));
 }

@@ -323,6 +323,11 @@ std::size_t Arena::compact(std::size_t bytes, std::span<const std::byte* const> 
   return emptied.size();
 }
 
+std::pair<std::size_t, std::size_t> Arena::occupied() const {
+  const std::scoped_lock lock(state_->mutex);
+  return {state_->stats.reserved_bytes, state_->stats.used_bytes};
+}
+
 ArenaStats Arena::stats() const {
   const std::scoped_lock lock(state_->mutex);
   return state_->stats;

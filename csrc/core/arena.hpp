@@ -13,6 +13,7 @@
 #include <functional>
 #include <memory>
 #include <span>
+#include <utility>
 #include <vector>
 
 namespace inferos {
@@ -48,6 +49,8 @@ class Arena {
   void release(std::byte* block, std::size_t bytes, ArenaTag tag) noexcept;
 
   std::size_t budget() const noexcept;  // 0 = no limit
+  // Bytes reserved, and those of live blocks.
+  std::pair<std::size_t, std::size_t> occupied() const;
   // Bytes of the budget that no slab with blocks in it holds; SIZE_MAX without a budget.
   std::size_t available() const;
   // Bytes of a full-grown slab of blocks of `bytes` under the budget.

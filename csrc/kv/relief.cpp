@@ -11,8 +11,27 @@
 
 namespace inferos::kv {
 
-Relief::Relief(Arena& arena, std::vector<Layer> layers, std::size_t headroom, Eviction eviction, Overflow overflow,
-               std::function<std::size_t()> need)
+bool compact(Arena& arena, std::span<const ReliefLayer> layers) {
+  std::size_t emptied = 0;
+  for (const std::size_t bytes : arena.sparse_sizes()) {
+    std::vector<LayerStore::Place> places;
+    std::vector<const std::byte*> data;
+    std::vector<std::size_t> ends;  // of each layer, in places
+    for (const ReliefLayer& layer : layers) {
+      layer.store.movable(bytes, places, data);
+      ends.push_back(places.size());
+    }
+    if (data.empty()) continue;
+    emptied += arena.compact(bytes, data, [&](std::size_t i, std::byte* to) {
+      const auto layer = static_cast<std::size_t>(std::upper_bound(ends.begin(), ends.end(), i) - ends.begin());
+      layers[layer].store.move(layers[layer].grid, places[i], to);
+    });
+  }
+  return emptied != 0;
+}
+
+Relief::Relief(Arena& arena, std::vector<ReliefLayer> layers, std::size_t headroom, Eviction eviction,
+               Overflow overflow, std::function<std::size_t()> need)
     : arena_(arena),
       layers_(std::move(layers)),
       headroom_(headroom),
@@ -23,42 +42,23 @@ Relief::Relief(Arena& arena, std::vector<Layer> layers, std::size_t headroom, Ev
 Relief::~Relief() { take_back(); }
 
 bool Relief::narrow() {
-  if (!std::exchange(compacted_, true) && compact()) return true;
+  if (!std::exchange(compacted_, true) && compact(arena_, layers_)) return true;
   if (!demote_some()) return false;
-  compact();
+  compact(arena_, layers_);
   return true;
 }
 
 bool Relief::evict() {
   if (!evict_some()) return false;
-  compact();
+  compact(arena_, layers_);
   return true;
-}
-
-bool Relief::compact() {
-  std::size_t emptied = 0;
-  for (const std::size_t bytes : arena_.sparse_sizes()) {
-    std::vector<LayerStore::Place> places;
-    std::vector<const std::byte*> data;
-    std::vector<std::size_t> ends;  // of each layer, in places
-    for (const Layer& layer : layers_) {
-      layer.store.movable(bytes, places, data);
-      ends.push_back(places.size());
-    }
-    if (data.empty()) continue;
-    emptied += arena_.compact(bytes, data, [&](std::size_t i, std::byte* to) {
-      const auto layer = static_cast<std::size_t>(std::upper_bound(ends.begin(), ends.end(), i) - ends.begin());
-      layers_[layer].store.move(layers_[layer].grid, places[i], to);
-    });
-  }
-  return emptied != 0;
 }
 
 // Every block outside the window that this sequence alone holds, least important first.
 std::vector<Relief::Candidate> Relief::candidates() {
   std::vector<Candidate> found;
   for (std::size_t l = 0; l < layers_.size(); ++l) {
-    const Layer& layer = layers_[l];
+    const ReliefLayer& layer = layers_[l];
     if (layer.review.narrowest() == Format::kF16) continue;
     layer.review.measure(layer.grid, layer.scores);
     for (std::size_t head = 0; head < layer.store.shape().kv_heads; ++head) {
@@ -83,7 +83,7 @@ void Relief::plan_demotions() {
   demotions_planned_ = true;
   demotions_ = candidates();
   std::erase_if(demotions_, [&](const Candidate& c) {
-    const Layer& layer = layers_[c.layer];
+    const ReliefLayer& layer = layers_[c.layer];
     return layer.store.format(c.head, c.index) >= layer.review.narrowest();
   });
 }
@@ -94,7 +94,7 @@ bool Relief::demote_some() {
   bool any = false;
   for (; next_demotion_ < demotions_.size() && given_up < headroom_; ++next_demotion_) {
     const Candidate& c = demotions_[next_demotion_];
-    const Layer& layer = layers_[c.layer];
+    const ReliefLayer& layer = layers_[c.layer];
     const std::size_t bytes = layer.store.block_bytes(c.head, c.index);
     try {
       if (!layer.store.demote(arena_, layer.grid, c.head, c.index, layer.review.narrowest())) continue;
@@ -113,7 +113,7 @@ void Relief::plan_evictions() {
   evictions_planned_ = true;
   std::vector<Candidate> found = candidates();
   std::erase_if(found, [&](const Candidate& c) {
-    const Layer& layer = layers_[c.layer];
+    const ReliefLayer& layer = layers_[c.layer];
     return !layer.review.evictable() || layer.store.format(c.head, c.index) != layer.review.narrowest();
   });
   // Blocks with a verdict first, then those that are low now, while the guard allows; then the others.
@@ -122,7 +122,7 @@ void Relief::plan_evictions() {
            std::tie(a.verdict, b.rank, b.layer, b.head, b.index);
   });
   std::vector<std::vector<double>> mass;  // by layer and head: evicted so far, infinite once the guard has spoken
-  for (const Layer& layer : layers_) {
+  for (const ReliefLayer& layer : layers_) {
     auto& heads = mass.emplace_back();
     for (std::size_t h = 0; h < layer.store.shape().kv_heads; ++h) heads.push_back(layer.review.evicted_mass(h));
   }
@@ -150,7 +150,7 @@ void Relief::plan_evictions() {
   std::size_t bytes = 0;
   for (const Candidate& c : evictions_) bytes += layers_[c.layer].store.block_bytes(c.head, c.index);
   for (std::size_t i = next_demotion_; i < demotions_.size(); ++i) {  // they may find room then
-    const Layer& layer = layers_[demotions_[i].layer];
+    const ReliefLayer& layer = layers_[demotions_[i].layer];
     bytes += layer.store.block_bytes(demotions_[i].head, demotions_[i].index);
     bytes -= kernels::block_bytes(layer.review.narrowest(), layer.store.shape().head_dim);
   }
@@ -163,7 +163,7 @@ bool Relief::evict_some() {
   std::size_t freed = 0;
   for (; next_eviction_ < evictions_.size() && freed < headroom_ / 2; ++next_eviction_) {
     const Candidate& c = evictions_[next_eviction_];
-    const Layer& layer = layers_[c.layer];
+    const ReliefLayer& layer = layers_[c.layer];
     const double mass = layer.scores.mass(layer.grid, c.head, c.index);
     evicted_.reserve(evictions_.size());
     std::vector<std::byte> bytes(layer.store.block_bytes(c.head, c.index));
@@ -178,7 +178,7 @@ bool Relief::evict_some() {
 
 void Relief::keep() noexcept {
   for (const Evicted& entry : evicted_) {
-    const Layer& layer = layers_[entry.which.layer];
+    const ReliefLayer& layer = layers_[entry.which.layer];
     layer.review.evicted(entry.which.head, entry.which.index, entry.mass);
     layer.scores.evicted(entry.which.head, entry.which.index);
   }
@@ -189,7 +189,7 @@ void Relief::take_back() noexcept {
   while (!evicted_.empty()) {
     const Evicted& entry = evicted_.back();
     const Candidate& c = entry.which;
-    const Layer& layer = layers_[c.layer];
+    const ReliefLayer& layer = layers_[c.layer];
     try {
       auto block = std::make_shared<Block>(arena_, entry.format, layer.store.shape().head_dim, kBlockTokens);
       std::memcpy(block->data(), entry.bytes.data(), entry.bytes.size());

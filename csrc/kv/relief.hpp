@@ -13,6 +13,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -27,17 +28,21 @@ enum class Overflow : std::uint8_t { kError = 0, kStop = 1, kEvict = 2 };
 
 inline constexpr double kGuard = 0.01;  // of a head's attention may be evicted
 
+// One layer of the cache that needs room.
+struct ReliefLayer {
+  LayerStore& store;
+  const Grid& grid;
+  LayerScores& scores;
+  LayerReview& review;
+};
+
+// Moves blocks that left free places behind together and gives whole slabs back; false where there is none to give.
+bool compact(Arena& arena, std::span<const ReliefLayer> layers);
+
 class Relief {
  public:
-  struct Layer {
-    LayerStore& store;
-    const Grid& grid;
-    LayerScores& scores;
-    LayerReview& review;
-  };
-
   // `headroom`: bytes that demotion needs to be available, two slabs. `need`: bytes that the step asks for.
-  Relief(Arena& arena, std::vector<Layer> layers, std::size_t headroom, Eviction eviction, Overflow overflow,
+  Relief(Arena& arena, std::vector<ReliefLayer> layers, std::size_t headroom, Eviction eviction, Overflow overflow,
          std::function<std::size_t()> need);
   ~Relief();  // takes evictions back, unless they were kept
   Relief(const Relief&) = delete;
@@ -66,7 +71,6 @@ class Relief {
     std::vector<std::byte> bytes;
   };
 
-  bool compact();
   void plan_demotions();
   bool demote_some();
   void plan_evictions();
@@ -75,7 +79,7 @@ class Relief {
   std::vector<Candidate> candidates();
 
   Arena& arena_;
-  std::vector<Layer> layers_;
+  std::vector<ReliefLayer> layers_;
   std::size_t headroom_;
   Eviction eviction_;
   Overflow overflow_;

@@ -16,6 +16,8 @@ namespace {
 std::string text(std::int64_t value) { return std::to_string(value); }
 std::string text(std::size_t value) { return std::to_string(value); }
 
+constexpr std::size_t kLooseBytes = std::size_t{1} << 20;  // free places that are not worth moving a block for
+
 struct LayerStep {
   Reservation blocks;
   std::vector<ScoreRecord> scores;
@@ -36,6 +38,7 @@ struct SequenceCache::State {
   std::int64_t length = 0;
   Step step;
   std::uint64_t step_number = 0;
+  std::size_t left_free = 0;               // bytes of free places that tidying could not get rid of
   std::vector<std::uint64_t> appended_in;  // per layer: the last step_number it appended in
   std::array<Grid, 2> grids;               // layers with sinks; sliding-window layers
   std::vector<LayerStore> layers;
@@ -132,9 +135,30 @@ struct SequenceCache::State {
     return 2 * largest;
   }
 
+  std::vector<ReliefLayer> relief_layers() {
+    std::vector<ReliefLayer> all;
+    all.reserve(layers.size());
+    for (std::size_t i = 0; i < layers.size(); ++i) all.push_back({layers[i], grid(i), scores[i], reviews[i]});
+    return all;
+  }
+
+  // Blocks that reviews demote leave free places in slabs that others keep. Moved together where these places have become a quarter
+  // of what is used, so that the moves cost less than the demotions did.
+  void tidy() {
+    const auto [reserved, used] = arena->occupied();
+    const std::size_t free = reserved - used;
+    left_free = std::min(left_free, free);
+    if (free - left_free < used / 4 + kLooseBytes) return;
+    compact(*arena, relief_layers());
+    const auto [now_reserved, now_used] = arena->occupied();
+    left_free = now_reserved - now_used;
+  }
+
   // reserve(), after what it takes to make room for it.
   std::vector<LayerStep> make_room_for(std::int64_t tokens) {
-    if (!options.policy || arena->budget() == 0) return reserve(tokens, *arena);
+    if (!options.policy) return reserve(tokens, *arena);
+    tidy();
+    if (arena->budget() == 0) return reserve(tokens, *arena);
     const std::size_t spare = headroom();
     std::optional<Relief> relief;
     bool at_its_narrowest = false;
@@ -151,10 +175,7 @@ struct SequenceCache::State {
         refusal = error.what();
       }
       if (!relief) {
-        std::vector<Relief::Layer> all;
-        all.reserve(layers.size());
-        for (std::size_t i = 0; i < layers.size(); ++i) all.push_back({layers[i], grid(i), scores[i], reviews[i]});
-        relief.emplace(*arena, std::move(all), spare, options.policy->eviction, options.policy->overflow,
+        relief.emplace(*arena, relief_layers(), spare, options.policy->eviction, options.policy->overflow,
                        [this, tokens] { return need(tokens); });
       }
       if (relief->narrow()) continue;
@@ -380,12 +401,14 @@ void SequenceCache::set_policy(Policy policy, std::vector<Format> formats, std::
   if (changed.policy->external != s.options.policy->external) {
     throw Error(ErrorCode::kConfig, "set_policy: the scorer of a cache does not change");
   }
+  const double gamma = changed.policy->gamma;
+  const Thresholds thresholds = changed.policy->thresholds;
   s.options = std::move(changed);  // nothing below can fail
   for (std::size_t i = 0; i < s.layers.size(); ++i) {
     s.layers[i].set_leaving(leaving(s.options, i));
-    s.scores[i].set_gamma(s.options.policy->gamma);
+    s.scores[i].set_gamma(gamma);
     s.scores[i].set_wanted(s.narrowest(i) != Format::kF16);
-    s.reviews[i].set_thresholds(s.options.policy->thresholds);
+    s.reviews[i].set_thresholds(thresholds);
     s.reviews[i].set_limits(s.narrowest(i), max_level(s.options, i) == Level::kL3);
   }
 }

@@ -96,6 +96,10 @@ def _expected(field: FieldInfo) -> str:
         return "a name"
     if any(isinstance(m, pydantic.BeforeValidator) for m in metadata):
         return "a size of at least 16MiB"
+    above = next((m.gt for m in metadata if isinstance(m, annotated_types.Gt)), None)
+    below = next((m.lt for m in metadata if isinstance(m, annotated_types.Lt)), None)
+    if above is not None and below is not None:
+        return f"above {_number(above)} and below {_number(below)}"
     low = next((m.ge for m in metadata if isinstance(m, annotated_types.Ge)), None)
     high = next((m.le for m in metadata if isinstance(m, annotated_types.Le)), None)
     if low is not None and high is not None:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import pydantic
 
-from inferos.config.section import Section, Share
+from inferos.config.section import Section
 
 __all__ = ["DEFAULT_GAMMA", "SCORER_OPTIONS"]
 
@@ -23,7 +23,7 @@ _Weight = Annotated[float, pydantic.Field(ge=0, le=1000)]
 class _AttentionEma(Section):
     """`gamma` is what the averaged attention mass keeps from one token to the next."""
 
-    gamma: Share = DEFAULT_GAMMA
+    gamma: Annotated[float, pydantic.Field(gt=0, lt=1)] = DEFAULT_GAMMA
 
 
 class _HeaviestTokens(Section):
@@ -32,10 +32,16 @@ class _HeaviestTokens(Section):
     heaviest: _Heaviest = 8
 
 
+def _odd(count: int) -> int:
+    if count % 2 == 0:
+        raise ValueError(f"{count} is even, wanted an odd number")
+    return count
+
+
 class _SnapKV(_HeaviestTokens):
     """`pool` is the number of neighbouring tokens averaged over, odd."""
 
-    pool: Annotated[int, pydantic.Field(ge=1, le=63)] = 5
+    pool: Annotated[int, pydantic.Field(ge=1, le=63), pydantic.AfterValidator(_odd)] = 5
 
 
 class _Mission(Section):

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from inferos.config import MODES, Policy, Thresholds
+from inferos.errors import ConfigError
+from inferos.kv.scorers import make_scorer
 
 __all__ = ["CacheRules"]
 
@@ -73,9 +75,14 @@ class CacheRules:
         Raises
         ------
         ConfigError
-            If `kv.layer_overrides` names a layer that the model does not have.
+            If `kv.layer_overrides` names a layer that the model does not have, or the scorer refuses its options.
         """
         found = policy.resolve()
+        if found.scorer != NATIVE_SCORER:
+            try:
+                make_scorer(found.scorer, found.scorer_options)
+            except ConfigError as error:
+                raise ConfigError(f"kv.scorer_options: {error}") from None
         return cls(
             kv=found.kv if kv == "auto" else kv,
             recent_window=found.recent_window,

@@ -46,17 +46,17 @@ bool every_task_once(ThreadPool& pool, std::size_t parts) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const int calls = argc > 1 ? std::atoi(argv[1]) : 10000;
+  const long long calls = argc > 1 ? std::strtoll(argv[1], nullptr, 10) : 10000;
   const auto cores = static_cast<std::size_t>(std::thread::hardware_concurrency());
   int failed = 0;
   for (const std::size_t threads : {std::size_t{1}, cores, cores + 3}) {
     ThreadPool pool(threads);
-    for (int i = 0; i < calls; ++i) {
+    for (long long i = 0; i < calls; ++i) {
       const std::size_t parts = 1 + static_cast<std::size_t>(i) % kTasks;
       if (!every_task_once(pool, parts)) ++failed;
       if (i % 64 == 0) std::this_thread::sleep_for(std::chrono::microseconds(i % 256));
     }
   }
-  std::printf("%d of %d calls for each number of threads failed\n", failed, calls);
+  std::printf("%d of %lld calls for each number of threads failed\n", failed, calls);
   return failed == 0 ? 0 : 1;
 }

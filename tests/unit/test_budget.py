@@ -390,3 +390,17 @@ def test_the_budget_holds_at_every_step_and_a_refused_step_loses_no_token(
                 assert cache.stats().evicted_mass <= 0.01
             if policy["eviction"] == "never":
                 assert cache.stats().evicted_token_heads == 0
+
+
+def test_what_reviews_demote_gives_its_memory_back() -> None:
+    arena = Arena()
+    cache = KVCache([LayerSpec(4, 64)] * 2, kv="auto", l2_format="int4", arena=arena)
+    while cache.length < 6144:
+        step(cache, 512)
+    wide = arena.stats().reserved_bytes
+    for _ in range(4 * 64):
+        step(cache, 1)
+        held = arena.stats()
+        assert held.reserved_bytes <= 1.25 * held.used_bytes + (2 << 20)
+    assert cache.stats().blocks["int4"] > cache.stats().blocks["int8"]
+    assert held.reserved_bytes < 0.95 * wide

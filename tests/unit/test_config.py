@@ -70,13 +70,15 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"kv": {"layer_overrides": {"0": {}}}}, "kv.layer_overrides.0.max_level: missing"),
     ({"kv": {"scorer": "mine"}}, "kv.scorer: 'mine' is not one of attention_ema, attention_mass, key_norm,"),
     ({"kv": {"scorer": 5}}, "kv.scorer: 5 is not a name"),
-    ({"kv": {"scorer_options": {"gamma": -1}}}, "kv.scorer_options.gamma: -1 is not within 0..1"),
+    ({"kv": {"scorer_options": {"gamma": -1}}}, "kv.scorer_options.gamma: -1 is not above 0 and below 1"),
     ({"kv": {"scorer_options": 5}}, "kv.scorer_options: 5 is not a mapping"),
     ({"kv": {"scorer_options": {"pool": 3}}}, "kv.scorer_options.pool: unknown key; known here: gamma"),
     (
         {"kv": {"scorer": "recency", "scorer_options": {"gamma": 0.9}}},
         "kv.scorer_options.gamma: unknown key; known here: none",
     ),
+    ({"kv": {"scorer_options": {"gamma": 1}}}, "kv.scorer_options.gamma: 1 is not above 0 and below 1"),
+    ({"kv": {"scorer": "snapkv", "scorer_options": {"pool": 4}}}, "kv.scorer_options.pool: 4 is even, wanted an odd"),
     (
         {"kv": {"scorer": "snapkv", "scorer_options": {"pool": 65}}},
         "kv.scorer_options.pool: 65 is not within 1..63",
@@ -418,7 +420,7 @@ def test_the_json_schema_accepts_and_refuses_what_the_policy_does() -> None:
     for values in accepted:
         Policy.from_mapping(values)
         validator.validate(values)
-    # JSON has no NaN and no keys but strings; sizes in words and the order of thresholds are beyond a schema.
-    beyond = ("nan", "{0:", "1MiB", "'L1_int8': 0.1")
+    # JSON has no NaN and no keys but strings; sizes in words, odd numbers, the order of thresholds are beyond a schema.
+    beyond = ("nan", "{0:", "1MiB", "'L1_int8': 0.1", "'pool': 4")
     for values in (values for values, _ in REFUSED if not any(word in str(values) for word in beyond)):
         assert not validator.is_valid(values), values

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from inferos.config import Policy, Thresholds
+from inferos.config import SCORER_OPTIONS, Policy, Thresholds
+from inferos.config.section import Section
 from inferos.errors import ConfigError
-from inferos.kv.statistics import TokenStatistics
+from inferos.kv.scorers import SCORERS, Scorer
+from inferos.kv.statistics import Blocks, TokenStatistics
 from inferos.runtime._reviews import REVIEW_INTERVAL, Reviews
 from inferos.runtime.cache_rules import CacheRules
 
@@ -164,6 +166,26 @@ def test_options_reach_the_scorer() -> None:
     np.testing.assert_allclose(cache.scored[0], [[63 / 127, 1]] * 2)
 
 
+def test_a_scorer_of_your_own_can_be_named_by_a_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass(frozen=True)
+    class Alternating(Scorer):
+        first: int = 0
+
+        def score(self, tokens: TokenStatistics, blocks: Blocks) -> Any:
+            return (np.arange(len(blocks)) + self.first) % 2.0
+
+    class Options(Section):
+        first: int = 0
+
+    monkeypatch.setitem(SCORERS, "alternating", Alternating)
+    monkeypatch.setitem(SCORER_OPTIONS, "alternating", Options)
+    policy = Policy.from_mapping({"kv": {"scorer": "alternating", "scorer_options": {"first": 1}}})
+    rules = CacheRules.of(policy, 2)
+    cache, held = NotedCache(due=(0,)), reviews(rules)
+    held.before_step(cache, 1, rules)
+    np.testing.assert_array_equal(cache.scored[0], [[1, 0]] * 2)
+
+
 # Rules of a policy -------------------------------------------------------------------------------------------------
 
 
@@ -190,6 +212,12 @@ def test_a_policy_is_read_for_a_models_layers() -> None:
     )
     with pytest.raises(ConfigError, match=r"kv\.layer_overrides\.-4: no such layer; the model has 3"):
         CacheRules.of(policy.update({"kv": {"layer_overrides": {"-4": {"max_level": "L1"}}}}), 3)
+
+
+def test_options_that_a_scorer_refuses_are_refused_with_their_key() -> None:
+    weights = {"alpha": 0, "beta": 0, "gamma": 0, "eta": 0}
+    with pytest.raises(ConfigError, match=r"kv\.scorer_options: .* all weights are 0"):
+        CacheRules.of(Policy.from_mapping({"kv": {"scorer": "mission", "scorer_options": weights}}), 3)
 
 
 @pytest.mark.parametrize(
