@@ -2,10 +2,12 @@
 
     python benchmarks/importance_cost.py [--json FILE]
 
-One layer, decode attention through the public API, one thread, CPU time. Turns of 64 tokens: one review, eight samples of the
-attention mass and what a review demotes. The other cache is a fork that neither measures nor reviews (every layer limited to L0): it
-reads the very same blocks, so that where they lie in memory makes no difference; what leaves its window in the turn stays FP16, 0.1 %
-of the bytes. `--chunk` compares a prefill chunk instead.
+One layer, decode attention through the public API, one thread, CPU time.
+`share`: of 64 tokens, which are one review and eight samples of the mass, what these add to plain steps of the same cache;
+medians by kind of step.
+`share_beside_fork`: turns of 64 tokens beside a fork that neither measures nor reviews (all layers limited to L0) and reads the very
+same blocks; what leaves its window in the turn stays FP16, and lies elsewhere, which is worth a percent or two either way.
+`--chunk` compares a prefill chunk with the fork's alone.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from inferos.kv import ReadBuffer, set_num_threads
 
 TURN = 64  # tokens: from one review to the next
 SETTLE = 6 * TURN
+SAMPLED = 8  # tokens between two samples
+PACKING = 7  # steps behind a review in which blocks are packed, where any are
 FILL = 512  # tokens a step while a cache is filled
 COLD_BYTES = 64 << 20
 
@@ -61,6 +65,26 @@ class Sequence:
         return fork
 
 
+def steps(sequence: Sequence, reviews: int) -> dict[str, float]:
+    """Median CPU milliseconds of a step by what it does besides attention, over so many reviews."""
+    times: dict[str, list[float]] = {"plain": [], "pack": [], "sample": [], "review": []}
+    for _ in range(reviews * TURN):
+        length = sequence.cache.length
+        kind = "plain" if length % TURN >= PACKING else "pack"  # what left the window and what the last review demotes
+        if (length + 1) % SAMPLED == 0:
+            kind = "review" if (length + 1) % TURN == 0 else "sample"
+        begin = time.thread_time_ns()
+        sequence.step(sequence.cache, 1)
+        times[kind].append((time.thread_time_ns() - begin) / 1e6)
+    return {kind: statistics.median(own) for kind, own in times.items()}
+
+
+def added(ms: dict[str, float]) -> float:
+    """What samples, the review and its demotions add to 64 plain steps."""
+    samples = TURN // SAMPLED * (ms["sample"] - ms["plain"])
+    return (samples + ms["review"] - ms["sample"] + PACKING * (ms["pack"] - ms["plain"])) / (TURN * ms["plain"])
+
+
 def turns(sequence: Sequence, rounds: int, chunk: int) -> dict[str, list[float]]:
     """CPU seconds of each turn, a prefill chunk or 64 decoded tokens, by cache; who is first changes."""
     other = ReadBuffer(COLD_BYTES)
@@ -86,6 +110,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     for thresholds, l2_format in (((1.0, 0.0, 0.0), "k8v4"), ((1.0, 0.7, 0.3), "k8v4"), ((1.0, 0.7, 0.3), "int4")):
         sequence = Sequence((heads, kv_heads, head_dim), arguments.context, thresholds, l2_format)
         times = turns(sequence, arguments.rounds, arguments.chunk)
+        by_step: dict[str, Any] = {}
+        if not arguments.chunk:
+            ms = steps(sequence, arguments.rounds)
+            by_step = {"ms_cpu_by_step": ms, "share": added(ms)}
         best = {name: min(seconds) for name, seconds in times.items()}
         pairs = [a / p - 1 for a, p in zip(times["auto"], times["plain"], strict=True)]
         rows.append(
@@ -95,8 +123,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 "bytes": sequence.cache.stats().total_bytes,
                 "score_bytes": sequence.cache.stats().score_bytes,
                 "ms_cpu_best": {name: value * 1e3 for name, value in best.items()},
-                "share_of_best": best["auto"] / best["plain"] - 1,
-                "share_median": statistics.median(pairs),
+                "share_beside_fork": statistics.median(pairs),
+                **by_step,
             }
         )
         sequence.cache.close()

@@ -31,9 +31,8 @@ float square(const float* row, std::size_t head_dim) noexcept {
 
 // Records lie far apart, and what is measured between two samples leaves no cache with them.
 constexpr std::size_t kAhead = 8;
-void prefetch_average(const ScoreRecord& record) noexcept {
-  if (record)
-    kernels::prefetch(reinterpret_cast<const std::byte*>(record.average()), kBlockTokens * sizeof(std::uint16_t));
+void prefetch(const ScoreRecord& record, std::size_t bytes) noexcept {
+  if (record) kernels::prefetch(reinterpret_cast<const std::byte*>(record.average()), bytes);
 }
 
 }  // namespace
@@ -134,7 +133,7 @@ void LayerScores::fold(const Grid& grid, std::size_t head, std::span<const float
   for (std::size_t i = 0; i < blocks() && grid[first_ + i].finished(); ++i) {
     if (visible == folded_at_ && weights_[i] > 0.0) continue;
     const GridEntry& entry = grid[first_ + i];
-    if (i + kAhead < blocks()) prefetch_average(records_[at(head, first_ + i + kAhead)]);
+    if (i + kAhead < blocks()) prefetch(records_[at(head, first_ + i + kAhead)], ScoreRecord::kBytes / 2);
     const ScoreRecord& record = records_[at(head, first_ + i)];
     if (record) fold_block(record.average(), mass.data() + entry.start, entry.tokens, keep, add);
   }
@@ -157,7 +156,10 @@ double LayerScores::score(const Grid& grid, std::size_t head, std::size_t index)
     return held ? external_[at(head, index)] : kUnknown;
   }
   if (!is_measured(head, index)) return kUnknown;
-  const ScoreRecord& record = records_[at(head, index)];
+  const std::size_t place = at(head, index);
+  if (place + kAhead < records_.size())
+    prefetch(records_[place + kAhead], ScoreRecord::kBytes);  // asked for in this order
+  const ScoreRecord& record = records_[place];
   const std::size_t tokens = grid[index].tokens;
   const std::size_t heaviest = std::min(kernels::kHeaviest, tokens);
   const double sum = kernels::importance().heaviest(record.average(), record.norm(), tokens);

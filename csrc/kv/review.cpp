@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "kv/room.hpp"
 
@@ -21,7 +22,11 @@ void LayerReview::reserve(std::size_t fresh) {
   scores_.clear();
   make_room(scores_, verdicts_.size() + fresh * heads_);
   ranking_.clear();
+  sorted_.clear();
+  order_.clear();
   make_room(ranking_, verdicts_.size() / heads_ + fresh);
+  make_room(sorted_, verdicts_.size() / heads_ + fresh);
+  make_room(order_, verdicts_.size() / heads_ + fresh);
 }
 
 void LayerReview::place(std::size_t fresh) noexcept { verdicts_.resize(verdicts_.size() + fresh * heads_); }
@@ -49,6 +54,8 @@ LayerReview LayerReview::fork() const {
   LayerReview copy(*this);
   copy.scores_.reserve(verdicts_.size());
   copy.ranking_.reserve(verdicts_.size() / heads_);
+  copy.sorted_.reserve(verdicts_.size() / heads_);
+  copy.order_.reserve(verdicts_.size() / heads_);
   return copy;
 }
 
@@ -83,11 +90,21 @@ std::span<LayerReview::Ranked> LayerReview::rank(const Grid& grid, const LayerSt
     const bool measured = !std::isnan(worth);
     ranking_.push_back({measured ? worth : 0.0, index, level_of(format), format, measured});
   }
-  const auto place = [](const Ranked& block) { return block.level == Level::kL3 ? 0 : block.measured ? 1 : 2; };
-  std::sort(ranking_.begin(), ranking_.end(), [&](const Ranked& a, const Ranked& b) {
-    if (place(a) != place(b)) return place(a) < place(b);
-    return a.score != b.score ? a.score < b.score : a.index < b.index;
+  // Sorted by small keys: what they stand for is moved once.
+  constexpr double kEnd = std::numeric_limits<double>::infinity();
+  constexpr double kMost = std::numeric_limits<double>::max();
+  order_.clear();
+  for (std::size_t i = 0; i < ranking_.size(); ++i) {
+    const Ranked& block = ranking_[i];
+    const double worth = block.measured ? std::clamp(block.score, -kMost, kMost) : kEnd;
+    order_.push_back({block.level == Level::kL3 ? -kEnd : worth, i});
+  }
+  std::sort(order_.begin(), order_.end(), [](const Order& a, const Order& b) {
+    return a.worth < b.worth || (a.worth == b.worth && a.place < b.place);
   });
+  sorted_.clear();
+  for (const Order& next : order_) sorted_.push_back(ranking_[next.place]);
+  ranking_.swap(sorted_);
   return ranking_;
 }
 

@@ -103,6 +103,11 @@ class LayerReview {
     std::size_t index = 0;  // in the grid
   };
 
+  struct Order {
+    double worth;
+    std::size_t place;  // in ranking_
+  };
+
   std::size_t at(std::size_t head, std::size_t index) const noexcept { return (index - first_) * heads_ + head; }
   static std::size_t allowed(double share, std::size_t n) noexcept;
   Format format_of(Level level) const noexcept;
@@ -123,6 +128,8 @@ class LayerReview {
   std::vector<Verdict> verdicts_;  // at(head, index)
   std::vector<double> scores_;     // scratch of a review, at(head, index)
   std::vector<Ranked> ranking_;    // scratch of a review, one entry per block
+  std::vector<Ranked> sorted_;     // the same
+  std::vector<Order> order_;       // the same
 };
 
 }  // namespace inferos::kv
