@@ -5,8 +5,8 @@
 One layer, decode attention through the public API, one thread, CPU time.
 `share`: of 64 tokens, which are one review and eight samples of the mass, what these add to plain steps of the same cache;
 medians by kind of step.
-`share_beside_fork`: turns of 64 tokens beside a fork that neither measures nor reviews (all layers limited to L0) and reads the very
-same blocks; what leaves its window in the turn stays FP16, and lies elsewhere, which is worth a percent or two either way.
+`share_beside_fork`: turns of 64 tokens beside a fork that neither measures nor reviews (all layers limited to L0) and reads the
+very same blocks; what leaves its window in the turn stays FP16, and lies elsewhere, which is worth a percent or two either way.
 `--chunk` compares a prefill chunk with the fork's alone.
 """
 
