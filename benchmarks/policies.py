@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +89,27 @@ class Mix:
     narrow: str = "int4"
 
 
-class DrivenSession:
+class OneAtATime:
+    """What a session must have and the benchmarks do without: they feed one sequence at a time."""
+
+    def step(self, sequences: Sequence[TokenSequence], ids: Ids) -> Float32:
+        raise NotImplementedError("the benchmarks feed one sequence at a time")
+
+
+class OnlyFed:
+    """What a sequence must have and the benchmarks do without: theirs are fed from the first token to the last."""
+
+    def feed_all(self, ids: Ids) -> Float32:
+        raise NotImplementedError("the benchmarks only feed")
+
+    def rewind(self, length: int) -> None:
+        raise NotImplementedError("the benchmarks only feed")
+
+    def fork(self) -> TokenSequence:
+        raise NotImplementedError("the benchmarks only feed")
+
+
+class DrivenSession(OneAtATime, ABC):
     """A decoder whose cache is changed from outside behind a step.
 
     Parameters
@@ -111,12 +132,9 @@ class DrivenSession:
     def sequence(self) -> DrivenSequence:
         return DrivenSequence(self, self.inner.sequence())
 
-    def step(self, sequences: Sequence[TokenSequence], ids: Ids) -> Float32:
-        raise NotImplementedError("the benchmarks feed one sequence at a time")
-
+    @abstractmethod
     def review(self, sequence: DrivenSequence, fed: int) -> None:
         """Change the cache behind a step of `fed` tokens."""
-        raise NotImplementedError
 
     def worth(self, cache: KVCache, layer: int, head: int, blocks: int) -> Scores:
         """Scores (blocks,) of the blocks outside the window; unknown ones rank lowest."""
@@ -132,7 +150,7 @@ class DrivenSession:
         return np.where(np.isnan(scores), -np.inf, scores)
 
 
-class DrivenSequence:
+class DrivenSequence(OnlyFed):
     """One sequence of a `DrivenSession`."""
 
     def __init__(self, session: DrivenSession, inner: TokenSequence) -> None:
@@ -157,15 +175,6 @@ class DrivenSequence:
         logits = self.inner.feed(ids)
         self.session.review(self, len(ids))
         return logits
-
-    def feed_all(self, ids: Ids) -> Float32:
-        raise NotImplementedError
-
-    def rewind(self, length: int) -> None:
-        raise NotImplementedError
-
-    def fork(self) -> TokenSequence:
-        raise NotImplementedError
 
     def close(self) -> None:
         self.inner.close()
@@ -311,7 +320,7 @@ class Format:
     pins: int = 0
 
 
-class SimulatedSession:
+class SimulatedSession(OneAtATime):
     """Stock attention over a past that is rounded as a format would."""
 
     kv = "off"
@@ -328,11 +337,8 @@ class SimulatedSession:
     def sequence(self) -> SimulatedSequence:
         return SimulatedSequence(self)
 
-    def step(self, sequences: Sequence[TokenSequence], ids: Ids) -> Float32:
-        raise NotImplementedError("the benchmarks feed one sequence at a time")
 
-
-class SimulatedSequence:
+class SimulatedSequence(OnlyFed):
     """One sequence of a `SimulatedSession`."""
 
     def __init__(self, session: SimulatedSession) -> None:
@@ -369,15 +375,6 @@ class SimulatedSequence:
             if self.witness is not None:
                 self.witness.feed(ids[start : start + chunk])
         return logits
-
-    def feed_all(self, ids: Ids) -> Float32:
-        raise NotImplementedError
-
-    def rewind(self, length: int) -> None:
-        raise NotImplementedError
-
-    def fork(self) -> TokenSequence:
-        raise NotImplementedError
 
     def close(self) -> None:
         self.inner.close()

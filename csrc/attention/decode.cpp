@@ -28,7 +28,7 @@ static_assert(kSpansPerRow <= kBlockTokens);  // merge_spans
 // First-level caches at least this large take what is read next directly, a tenth faster (Zen 5). In 32 KiB (Zen 4) it got in the way.
 constexpr std::size_t kNearBytes = std::size_t{48} * 1024;
 constexpr float kSkipped = 0x1p-24F;  // probabilities below this, all tokens of the context together, need no values
-// The queries of a prefill that count for the mass: every 4th of the newest 64 ranks blocks as all of them do.
+// The queries of a prefill that count for the mass: every 4th of the newest 64 ranks blocks nearly as all do (docs/benchmarks.md).
 constexpr std::size_t kMassQueries = 64;
 constexpr std::size_t kMassStride = 4;
 
