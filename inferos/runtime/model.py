@@ -22,10 +22,11 @@ from inferos.kv.policy import PolicyStore, PolicyVersion
 from inferos.runtime.cache_rules import CacheRules
 from inferos.runtime.chat import ChatTemplate, Message, find_template
 from inferos.runtime.conversation import Conversation
-from inferos.runtime.decode_loop import CachedTokens, Cancel, Limits
+from inferos.runtime.decode_loop import CachedTokens, Cancel, DecodeLoop, Limits
 from inferos.runtime.effective import EffectivePolicy, describe_policy
 from inferos.runtime.generate import Generation
 from inferos.runtime.protocols import DecoderSession, FollowsRules, Ids, RequestObserver
+from inferos.runtime.run import Alone, Run
 from inferos.runtime.sampler import Sampler, SamplingOptions
 from inferos.runtime.stop_texts import check_stops
 from inferos.runtime.tokenizer import TextTokenizer, read_json
@@ -328,7 +329,7 @@ class Model:
         ids = self.prompt_ids(prompt, tools=tools)
         cached = self._cache()
 
-        def end(_generation: Generation, _error: BaseException | None) -> None:
+        def end(_run: Run, _error: BaseException | None) -> None:
             cached.sequence.close()
 
         return self._start(cached, ids, sampler, limits, end)
@@ -447,24 +448,17 @@ class Model:
         ids: Ids,
         sampler: Sampler,
         limits: Limits,
-        on_end: Callable[[Generation, BaseException | None], None],
+        on_end: Callable[[Run, BaseException | None], None],
     ) -> Generation:
-        def ended(generation: Generation, error: BaseException | None) -> None:
-            on_end(generation, error)
+        def ended(run: Run, error: BaseException | None) -> None:
+            on_end(run, error)
             if self.observer is not None and error is None:
                 self.observer.finished(ids, cached.ids[len(ids) :])
 
         has_text = self.folder is not None and (self.folder / "tokenizer.json").is_file()
-        generation = Generation(
-            cached,
-            ids,
-            sampler,
-            limits,
-            context_length=self.context_length,
-            stream=self.tokenizer.stream(ids) if has_text else None,
-            on_end=ended,
-            clock=self._clock,
-        )
+        stream = self.tokenizer.stream(ids) if has_text else None
+        loop = DecodeLoop(cached, ids, sampler, limits, self.context_length, stream, self._clock)
+        generation = Generation(Alone(Run(loop, ended, self._clock)))
         self._track(generation)
         return generation
 
