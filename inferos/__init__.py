@@ -26,12 +26,13 @@ if _typing.TYPE_CHECKING:
     from inferos.quality.scheduler import QualityScheduler
     from inferos.runtime.conversation import Conversation
     from inferos.runtime.failover import BackoffStrategy, FallbackReason, RobustFallbackManager
-    from inferos.runtime.generate import Generation, Token
+    from inferos.runtime.generate import Generation
     from inferos.runtime.metrics import FTLMeasurement, MetricsCalculator
     from inferos.runtime.model import Model, load
     from inferos.runtime.register import register
     from inferos.runtime.rewrite import rewrite
     from inferos.runtime.sampler import SamplingOptions
+    from inferos.runtime.stop_texts import Token
 
     __version__: str
 
@@ -87,7 +88,7 @@ _HOMES = {
     "QuantizationLevel": "inferos.kv.engine",
     "RobustFallbackManager": "inferos.runtime.failover",
     "SamplingOptions": "inferos.runtime.sampler",
-    "Token": "inferos.runtime.generate",
+    "Token": "inferos.runtime.stop_texts",
     "get_num_threads": "inferos.kv",
     "load": "inferos.runtime.model",
     "register": "inferos.runtime.register",

@@ -48,7 +48,7 @@ class QualityMove(Protocol):
 
     @property
     def direction(self) -> Literal["down", "up"]:
-        """down keeps more, up goes back."""
+        """Whether it keeps more (down) or goes back (up)."""
         ...
 
 
