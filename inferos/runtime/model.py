@@ -37,6 +37,7 @@ from inferos.runtime.prompts import (
 from inferos.runtime.protocols import DecoderSession, FollowsRules, Ids, RequestObserver
 from inferos.runtime.run import Alone, Run
 from inferos.runtime.sampler import MAX_SEED, Sampler, SamplingOptions
+from inferos.runtime.speculation import PromptLookup, SpeculationGate
 from inferos.runtime.stop_texts import check_stops
 from inferos.runtime.tokenizer import TextTokenizer, read_json
 
@@ -44,6 +45,7 @@ __all__ = ["DEFAULT_MAX_TOKENS", "Model", "Prompt", "load", "resolve_model"]
 
 P = TypeVar("P", bound=PromptInList)
 R = TypeVar("R", bound=Run)
+Prepared = tuple[Sampler, Limits, SpeculationGate | None]  # the options of a generation, checked
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
@@ -303,6 +305,9 @@ class Model:
         cancel : threading.Event or alike, optional
             Looked at before every step and between two chunks of the prompt.
         tools : JSON schemas of functions, for the chat template
+        speculate : bool, default False
+            Guess tokens from what the text did before, and check several guesses in one step: faster where the text
+            repeats itself. What is drawn stays what it was. `inferos.runtime.speculation` says when it pauses.
 
         Returns
         -------
@@ -418,8 +423,9 @@ class Model:
         ignore_eos: bool = False,
         cancel: Cancel | None = None,
         seed: int | None = None,
+        speculate: bool = False,
         **sampling: float | None,
-    ) -> tuple[Sampler, Limits]:
+    ) -> Prepared:
         """The options of a generation, checked."""
         self._check_open()
         unknown = set(sampling) - set(_SAMPLING)
@@ -440,9 +446,14 @@ class Model:
             special = self.tokenizer.special_tokens
             ends.update(special[text] for text in texts if text in special)
             texts = tuple(text for text in texts if text not in special)
-        return Sampler(options), Limits(
-            count, frozenset(ends), texts, cancel, budget_ends=self.policy.kv.overflow == "stop"
-        )
+        limits = Limits(count, frozenset(ends), texts, cancel, budget_ends=self.policy.kv.overflow == "stop")
+        return Sampler(options), limits, self._speculation() if speculate else None
+
+    def _speculation(self) -> SpeculationGate:
+        layout = getattr(self.session, "layout", None)
+        if layout is not None and layout.last_logits_only:
+            raise ConfigError("speculate: the model gives logits of its last token only, so no draft can be checked")
+        return SpeculationGate(self.policy.quality.min_accept_rate, PromptLookup())
 
     def _follow(self, policy: Policy) -> None:
         """Bring a policy into force. Before the first change a fixed format that it chose is kept as such."""
@@ -466,14 +477,14 @@ class Model:
         **options: Any,
     ) -> R:
         """A run of its own cache, which its end frees."""
-        sampler, limits = self._prepare(are_messages(prompt), max_tokens, **options)
+        prepared = self._prepare(are_messages(prompt), max_tokens, **options)
         ids = self.prompt_ids(prompt, tools=tools)
         cached = self._cache()
 
         def end(_run: Run, _error: BaseException | None) -> None:
             cached.sequence.close()
 
-        return self._run(kind, clock, cached, ids, sampler, limits, end)
+        return self._run(kind, clock, cached, ids, prepared, end)
 
     def _run(
         self,
@@ -481,8 +492,7 @@ class Model:
         clock: Callable[[], float],
         cached: CachedTokens,
         ids: Ids,
-        sampler: Sampler,
-        limits: Limits,
+        prepared: Prepared,
         on_end: Callable[[Run, BaseException | None], None],
     ) -> R:
         def ended(run: Run, error: BaseException | None) -> None:
@@ -490,21 +500,21 @@ class Model:
             if self.observer is not None and error is None:
                 self.observer.finished(ids, cached.ids[len(ids) :])
 
+        sampler, limits, speculation = prepared
         has_text = self.folder is not None and (self.folder / "tokenizer.json").is_file()
         stream = self.tokenizer.stream(ids) if has_text else None
-        loop = DecodeLoop(cached, ids, sampler, limits, self.context_length, stream, clock)
+        loop = DecodeLoop(cached, ids, sampler, limits, self.context_length, stream, clock, speculation)
         return kind(loop, ended, clock)
 
     def _start(
         self,
         cached: CachedTokens,
         ids: Ids,
-        sampler: Sampler,
-        limits: Limits,
+        prepared: Prepared,
         on_end: Callable[[Run, BaseException | None], None],
     ) -> Generation:
         """A generation over a cache that its caller keeps."""
-        generation = Generation(Alone(self._run(Run, self._clock, cached, ids, sampler, limits, on_end)))
+        generation = Generation(Alone(self._run(Run, self._clock, cached, ids, prepared, on_end)))
         self._track(generation)
         return generation
 
