@@ -24,10 +24,12 @@ if _typing.TYPE_CHECKING:
     from inferos.quality.measurement import QualityMeasurement
     from inferos.quality.monitor import QualityMonitor
     from inferos.quality.scheduler import QualityScheduler
+    from inferos.runtime.batch import Batch
     from inferos.runtime.conversation import Conversation
     from inferos.runtime.generate import Generation
     from inferos.runtime.metrics import FTLMeasurement, MetricsCalculator
     from inferos.runtime.model import Model, load
+    from inferos.runtime.queue import RequestQueue
     from inferos.runtime.register import register
     from inferos.runtime.rewrite import rewrite
     from inferos.runtime.sampler import SamplingOptions
@@ -37,6 +39,7 @@ if _typing.TYPE_CHECKING:
 
 __all__ = [
     "Arena",
+    "Batch",
     "Conversation",
     "FTLMeasurement",
     "Generation",
@@ -52,6 +55,7 @@ __all__ = [
     "QualityMonitor",
     "QualityScheduler",
     "QuantizationLevel",
+    "RequestQueue",
     "SamplingOptions",
     "Token",
     "errors",
@@ -66,6 +70,7 @@ __all__ = [
 # Public name -> the module that defines it.
 _HOMES = {
     "Arena": "inferos.kv",
+    "Batch": "inferos.runtime.batch",
     "Conversation": "inferos.runtime.conversation",
     "FTLMeasurement": "inferos.runtime.metrics",
     "Generation": "inferos.runtime.generate",
@@ -80,6 +85,7 @@ _HOMES = {
     "QualityMonitor": "inferos.quality.monitor",
     "QualityScheduler": "inferos.quality.scheduler",
     "QuantizationLevel": "inferos.kv.engine",
+    "RequestQueue": "inferos.runtime.queue",
     "SamplingOptions": "inferos.runtime.sampler",
     "Token": "inferos.runtime.stop_texts",
     "get_num_threads": "inferos.kv",
