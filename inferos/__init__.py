@@ -26,6 +26,7 @@ if _typing.TYPE_CHECKING:
     from inferos.quality.scheduler import QualityScheduler
     from inferos.runtime.batch import Batch
     from inferos.runtime.conversation import Conversation
+    from inferos.runtime.failover import BackoffStrategy, FallbackReason, RobustFallbackManager
     from inferos.runtime.generate import Generation
     from inferos.runtime.metrics import FTLMeasurement, MetricsCalculator
     from inferos.runtime.model import Model, load
@@ -39,9 +40,11 @@ if _typing.TYPE_CHECKING:
 
 __all__ = [
     "Arena",
+    "BackoffStrategy",
     "Batch",
     "Conversation",
     "FTLMeasurement",
+    "FallbackReason",
     "Generation",
     "ImportanceCalculator",
     "InferosError",
@@ -56,6 +59,7 @@ __all__ = [
     "QualityScheduler",
     "QuantizationLevel",
     "RequestQueue",
+    "RobustFallbackManager",
     "SamplingOptions",
     "Token",
     "errors",
@@ -70,9 +74,11 @@ __all__ = [
 # Public name -> the module that defines it.
 _HOMES = {
     "Arena": "inferos.kv",
+    "BackoffStrategy": "inferos.runtime.failover",
     "Batch": "inferos.runtime.batch",
     "Conversation": "inferos.runtime.conversation",
     "FTLMeasurement": "inferos.runtime.metrics",
+    "FallbackReason": "inferos.runtime.failover",
     "Generation": "inferos.runtime.generate",
     "ImportanceCalculator": "inferos.kv.importance",
     "KVCache": "inferos.kv",
@@ -86,6 +92,7 @@ _HOMES = {
     "QualityScheduler": "inferos.quality.scheduler",
     "QuantizationLevel": "inferos.kv.engine",
     "RequestQueue": "inferos.runtime.queue",
+    "RobustFallbackManager": "inferos.runtime.failover",
     "SamplingOptions": "inferos.runtime.sampler",
     "Token": "inferos.runtime.stop_texts",
     "get_num_threads": "inferos.kv",

@@ -15,15 +15,16 @@ import numpy.typing as npt
 
 from inferos.errors import BusyError, ClosedError, InferosError, ProviderError, RewindError, ShapeError
 from inferos.kv import Arena, KVCache, LayerSpec
-from inferos.runtime._graph import load_graph
-from inferos.runtime._ort import ORT_ERRORS, check_ids, chunks, input_types, open_ort, session_options
+from inferos.runtime._ort import ORT_ERRORS, check_ids, chunks
 from inferos.runtime._reviews import QualitySource, Reviews
-from inferos.runtime._trim import FROM_INPUT, trim_logits
+from inferos.runtime._runner import open_runner
+from inferos.runtime._trim import FROM_INPUT
 from inferos.runtime.cache_rules import CacheRules
+from inferos.runtime.failover import RobustFallbackManager
+from inferos.runtime.failover.steps import StepFailover
 from inferos.runtime.layout import HANDLE_INPUT, LENGTHS_INPUT, TOTAL_INPUT, ModelLayout
-from inferos.runtime.protocols import Float32, Ids, TokenSequence
-from inferos.runtime.register import register
-from inferos.runtime.rewrite import rewrite_in_place
+from inferos.runtime.protocols import Engine, Float32, Ids, Role, TokenSequence
+from inferos.runtime.routes import Routes
 
 __all__ = ["CompressedSequence", "CompressedSession"]
 
@@ -33,7 +34,8 @@ class CompressedSession:
 
     `rules` may be replaced at any time: new sequences are opened by them, and open ones follow from their next review
     on, as far as an open cache can: its sinks, its scorer and a fixed format stay. `measured_delta_ppl` is asked for
-    the newest measured delta PPL before a review whose thresholds move.
+    the newest measured delta PPL before a review whose thresholds move. `routes` are the engines that run its steps;
+    one on the CPU unless given; `failover` runs a step on the next one where one fails.
 
     Thread-safe over different sequences; a sequence is used by one thread at a time (`BusyError` otherwise).
     """
@@ -46,6 +48,8 @@ class CompressedSession:
         arena: Arena,
         threads: int,
         prefill_chunk: int,
+        routes: Routes | None = None,
+        failover: StepFailover | None = None,
     ) -> None:
         self.layout = layout
         self.arena = arena
@@ -53,11 +57,8 @@ class CompressedSession:
         self.rules = rules
         self.measured_delta_ppl: QualitySource = lambda: None
         self.sequence().close()  # wrong options show here, before the weights are read
-        graph, self.trims = _decoder_graph(layout)
-        options = session_options(threads)
-        register(options)
-        self.ort = open_ort(graph, options, layout.folder)
-        self.types = input_types(self.ort)
+        self.routes = Routes([open_runner(layout, threads=threads)]) if routes is None else routes
+        self.failover = StepFailover(RobustFallbackManager()) if failover is None else failover
 
     @property
     def kv(self) -> str:
@@ -73,6 +74,11 @@ class CompressedSession:
     def context_length(self) -> int:
         """Tokens the model can hold."""
         return self.layout.context_length
+
+    @property
+    def trims(self) -> bool:
+        """Whether a prompt gives logits for its last token only."""
+        return all(engine.trims for engine in self.routes.prefill)
 
     def sequence(self) -> CompressedSequence:
         """A new, empty sequence."""
@@ -131,14 +137,36 @@ class CompressedSession:
     def run(self, turns: list[Turn], ids: Ids, *, keep_all: bool = False) -> npt.NDArray[Any]:
         """Logits (rows, tokens, vocab_size) of one run over ids (rows, tokens). Commits nothing.
 
-        Unless `keep_all`, those of all but the last token may be left out.
+        Unless `keep_all`, those of all but the last token may be left out. Several tokens of a prompt are prefill;
+        one token a row, and tokens whose logits are all wanted, are decoding.
 
         Raises
         ------
         InferosError
             What failed inside the cache; ProviderError for everything else. The step is dropped.
         """
-        layout = self.layout
+        role: Role = "decode" if keep_all or ids.shape[1] == 1 else "prefill"
+        step = _Step(self.layout, turns, ids, keep_all=keep_all)
+        engines = self.routes.of(role)
+        if len(engines) > 1:
+            return self.failover.run(engines, step)
+        try:
+            return engines[0].run(step.feeds(engines[0]))
+        except ORT_ERRORS as error:
+            raise _typed(turns, error) from error
+
+
+class _Step:
+    """A `Step` of rows that are in use; ids (rows, tokens)."""
+
+    def __init__(self, layout: ModelLayout, turns: list[Turn], ids: Ids, *, keep_all: bool) -> None:
+        self._layout = layout
+        self._turns = turns
+        self._ids = ids
+        self._keep_all = keep_all
+
+    def feeds(self, engine: Engine) -> dict[str, npt.NDArray[Any]]:
+        layout, turns, ids = self._layout, self._turns, self._ids
         past = np.array([turn.past for turn in turns])
         totals = past + ids.shape[1]
         feeds: dict[str, npt.NDArray[Any]] = {
@@ -146,26 +174,23 @@ class CompressedSession:
             LENGTHS_INPUT: totals - 1,
             TOTAL_INPUT: totals.max(),
             HANDLE_INPUT: np.array([turn.handle for turn in turns]),
-            FROM_INPUT: np.array([0 if keep_all else ids.shape[1] - 1]),
+            FROM_INPUT: np.array([0 if self._keep_all else ids.shape[1] - 1]),
         }
         if layout.position_ids:
             feeds[layout.position_ids] = past[:, None] + np.arange(ids.shape[1])
-        if layout.attention_mask in self.types:  # something besides attention reads it
+        if layout.attention_mask in engine.types:  # something besides attention reads it
             feeds[layout.attention_mask] = np.arange(totals.max()) < totals[:, None]
-        used = {name: np.asarray(values, self.types[name]) for name, values in feeds.items() if name in self.types}
-        try:
-            logits: npt.NDArray[Any] = self.ort.run([layout.logits], used)[0]
-        except ORT_ERRORS as error:
-            raise _typed(turns, error) from error
-        return logits
+        return feeds
 
+    def failed(self, error: Exception) -> InferosError:
+        typed = _typed(self._turns, error)
+        for turn in self._turns:
+            turn.sequence.drop_step(turn)
+        return typed
 
-def _decoder_graph(layout: ModelLayout) -> tuple[bytes, bool]:
-    """The rewritten graph, and whether its logits can be cut short. Nothing of the export outlives this call."""
-    model = load_graph(layout.model_path)
-    rewrite_in_place(model, head_dim=layout.layers[0].head_dim)
-    trims = trim_logits(model, layout.logits)
-    return model.SerializeToString(), trims
+    def forsaken(self) -> None:
+        for turn in self._turns:
+            turn.sequence.drop_step(turn, hangs=True)
 
 
 class Turn:
@@ -267,6 +292,17 @@ class CompressedSequence:
         """Whether the turn may still write."""
         return self._turn is turn
 
+    def drop_step(self, turn: Turn, *, hangs: bool = False) -> None:
+        """Back to the committed length within a turn. A run that `hangs` keeps a handle that does nothing any more."""
+        with self._guard:
+            if self._turn is not turn:
+                return  # closed or abandoned, which dropped it
+            if hangs:
+                self.cache.abandon()
+                turn.handle = self.cache.handle
+            else:
+                self.cache.rollback()
+
     def commit(self, turn: Turn) -> None:
         """Make the step of a run that succeeded part of the sequence."""
         with self._guard:
@@ -327,4 +363,6 @@ def _typed(turns: list[Turn], error: Exception) -> InferosError:
         kept = turn.cache.take_error()
         if kept is not None and str(kept) in str(error):  # not one left behind by another call
             return kept
+    if isinstance(error, ProviderError):
+        return error
     return ProviderError(f"the model failed: {error}")
