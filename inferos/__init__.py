@@ -24,11 +24,13 @@ if _typing.TYPE_CHECKING:
     from inferos.quality.measurement import QualityMeasurement
     from inferos.quality.monitor import QualityMonitor
     from inferos.quality.scheduler import QualityScheduler
+    from inferos.runtime.batch import Batch
     from inferos.runtime.conversation import Conversation
     from inferos.runtime.failover import BackoffStrategy, FallbackReason, RobustFallbackManager
     from inferos.runtime.generate import Generation
     from inferos.runtime.metrics import FTLMeasurement, MetricsCalculator
     from inferos.runtime.model import Model, load
+    from inferos.runtime.queue import RequestQueue
     from inferos.runtime.register import register
     from inferos.runtime.rewrite import rewrite
     from inferos.runtime.sampler import SamplingOptions
@@ -39,6 +41,7 @@ if _typing.TYPE_CHECKING:
 __all__ = [
     "Arena",
     "BackoffStrategy",
+    "Batch",
     "Conversation",
     "FTLMeasurement",
     "FallbackReason",
@@ -55,6 +58,7 @@ __all__ = [
     "QualityMonitor",
     "QualityScheduler",
     "QuantizationLevel",
+    "RequestQueue",
     "RobustFallbackManager",
     "SamplingOptions",
     "Token",
@@ -71,6 +75,7 @@ __all__ = [
 _HOMES = {
     "Arena": "inferos.kv",
     "BackoffStrategy": "inferos.runtime.failover",
+    "Batch": "inferos.runtime.batch",
     "Conversation": "inferos.runtime.conversation",
     "FTLMeasurement": "inferos.runtime.metrics",
     "FallbackReason": "inferos.runtime.failover",
@@ -86,6 +91,7 @@ _HOMES = {
     "QualityMonitor": "inferos.quality.monitor",
     "QualityScheduler": "inferos.quality.scheduler",
     "QuantizationLevel": "inferos.kv.engine",
+    "RequestQueue": "inferos.runtime.queue",
     "RobustFallbackManager": "inferos.runtime.failover",
     "SamplingOptions": "inferos.runtime.sampler",
     "Token": "inferos.runtime.stop_texts",

@@ -334,10 +334,14 @@ class Model:
             return generation
         batch = self.batch()
         first = options.get("seed")
-        for number, one in enumerate(prompt):
-            if isinstance(first, int):
-                options["seed"] = (first + number) & MAX_SEED
-            batch.add(one, max_tokens, **options)
+        try:
+            for number, one in enumerate(prompt):
+                if isinstance(first, int):
+                    options["seed"] = (first + number) & MAX_SEED
+                batch.add(one, max_tokens, **options)
+        except BaseException:
+            batch.close()  # now: the traceback holds it
+            raise
         return batch
 
     def batch(self, max_rows: int = MAX_ROWS) -> Batch:
@@ -348,9 +352,7 @@ class Model:
         max_rows : int
             Rows decoded together at most; further ones wait till one has ended.
         """
-        self._check_open()
-        decoder = BatchDecoder(self.session, max_rows=max_rows, prefill_tokens=self._prefill_chunk, clock=self._clock)
-        return Batch(self, decoder)
+        return Batch(self, self._decoder(max_rows))
 
     def chat(self, system: str | None = None, **options: Any) -> Conversation:
         """A conversation that keeps its cache between turns.
@@ -465,6 +467,10 @@ class Model:
 
     def _cache(self) -> CachedTokens:
         return CachedTokens(self.session, self._prefill_chunk)
+
+    def _decoder(self, max_rows: int) -> BatchDecoder:
+        self._check_open()
+        return BatchDecoder(self.session, max_rows=max_rows, prefill_tokens=self._prefill_chunk, clock=self._clock)
 
     def _begin(
         self,
