@@ -18,6 +18,8 @@ from inferos.errors import InferosError
 
 if _typing.TYPE_CHECKING:
     from inferos.config import Policy
+    from inferos.devices.capability import DeviceCapabilityChecker
+    from inferos.devices.manager import DeviceManager
     from inferos.kv import Arena, KVCache, LayerSpec, get_num_threads, kernels, set_num_threads
     from inferos.kv.engine import KVQuantizationEngine, QuantizationLevel
     from inferos.kv.importance import ImportanceCalculator
@@ -38,6 +40,8 @@ if _typing.TYPE_CHECKING:
 __all__ = [
     "Arena",
     "Conversation",
+    "DeviceCapabilityChecker",
+    "DeviceManager",
     "FTLMeasurement",
     "Generation",
     "ImportanceCalculator",
@@ -67,6 +71,8 @@ __all__ = [
 _HOMES = {
     "Arena": "inferos.kv",
     "Conversation": "inferos.runtime.conversation",
+    "DeviceCapabilityChecker": "inferos.devices.capability",
+    "DeviceManager": "inferos.devices.manager",
     "FTLMeasurement": "inferos.runtime.metrics",
     "Generation": "inferos.runtime.generate",
     "ImportanceCalculator": "inferos.kv.importance",
