@@ -18,6 +18,8 @@ from inferos.errors import InferosError
 
 if _typing.TYPE_CHECKING:
     from inferos.config import Policy
+    from inferos.devices.capability import DeviceCapabilityChecker
+    from inferos.devices.manager import DeviceManager
     from inferos.kv import Arena, KVCache, LayerSpec, get_num_threads, kernels, set_num_threads
     from inferos.kv.engine import KVQuantizationEngine, QuantizationLevel
     from inferos.kv.importance import ImportanceCalculator
@@ -43,6 +45,8 @@ __all__ = [
     "BackoffStrategy",
     "Batch",
     "Conversation",
+    "DeviceCapabilityChecker",
+    "DeviceManager",
     "FTLMeasurement",
     "FallbackReason",
     "Generation",
@@ -77,6 +81,8 @@ _HOMES = {
     "BackoffStrategy": "inferos.runtime.failover",
     "Batch": "inferos.runtime.batch",
     "Conversation": "inferos.runtime.conversation",
+    "DeviceCapabilityChecker": "inferos.devices.capability",
+    "DeviceManager": "inferos.devices.manager",
     "FTLMeasurement": "inferos.runtime.metrics",
     "FallbackReason": "inferos.runtime.failover",
     "Generation": "inferos.runtime.generate",
