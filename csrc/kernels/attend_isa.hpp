@@ -42,11 +42,32 @@ static inline const std::byte* block_ahead(const DecodeTask& task, std::size_t i
   return task.then + (i - task.count) * record;
 }
 
-#define INFEROS_DECLARE_ATTEND                                                                           \
-  void attend_decode(const DecodeTask& task) noexcept;                                                   \
-  void attend_expand(Format format, const BlockView& block, std::size_t d, float* k, float* v) noexcept; \
-  void attend_prefill(const PrefillTile& tile) noexcept;                                                 \
-  void attend_mass(const float* logits, std::size_t group, const float* top, const float* weight, float* sum) noexcept
+struct Shown {  // what a DecodeTask gives away of its probabilities, from some head of some block on
+  float* logits = nullptr;
+  std::uint16_t* p = nullptr;
+  float* m = nullptr;
+
+  Shown behind(std::size_t heads) const noexcept {
+    Shown then = *this;
+    if (logits != nullptr) then.logits += heads * kBlockTokens;
+    if (p != nullptr) then.p += heads * kBlockTokens;
+    if (m != nullptr) then.m += heads;
+    return then;
+  }
+  void nothing(std::size_t heads) const noexcept {
+    for (std::size_t i = 0; logits != nullptr && i < heads * kBlockTokens; ++i) logits[i] = kMinusInfinity;
+    for (std::size_t i = 0; p != nullptr && i < heads * kBlockTokens; ++i) p[i] = 0;
+    for (std::size_t g = 0; m != nullptr && g < heads; ++g) m[g] = kMinusInfinity;
+  }
+};
+
+#define INFEROS_DECLARE_ATTEND                                                                                       \
+  void attend_decode(const DecodeTask& task) noexcept;                                                               \
+  void attend_expand(Format format, const BlockView& block, std::size_t d, float* k, float* v) noexcept;             \
+  void attend_prefill(const PrefillTile& tile) noexcept;                                                             \
+  void attend_mass(const std::uint16_t* p, const float* m, std::size_t group, const float* top, const float* weight, \
+                   float* sum) noexcept;                                                                             \
+  void attend_exp_below(const float* x, float top, float* out) noexcept
 
 namespace scalar {
 INFEROS_DECLARE_ATTEND;
