@@ -43,23 +43,23 @@ static inline const std::byte* block_ahead(const DecodeTask& task, std::size_t i
 }
 
 struct Shown {  // what a DecodeTask gives away of its probabilities, from some head of some block on
-  float* logits = nullptr;
-  std::uint16_t* p = nullptr;
-  float* m = nullptr;
-
-  Shown behind(std::size_t heads) const noexcept {
-    Shown then = *this;
-    if (logits != nullptr) then.logits += heads * kBlockTokens;
-    if (p != nullptr) then.p += heads * kBlockTokens;
-    if (m != nullptr) then.m += heads;
-    return then;
-  }
-  void nothing(std::size_t heads) const noexcept {
-    for (std::size_t i = 0; logits != nullptr && i < heads * kBlockTokens; ++i) logits[i] = kMinusInfinity;
-    for (std::size_t i = 0; p != nullptr && i < heads * kBlockTokens; ++i) p[i] = 0;
-    for (std::size_t g = 0; m != nullptr && g < heads; ++g) m[g] = kMinusInfinity;
-  }
+  float* logits;
+  std::uint16_t* p;
+  float* m;
 };
+
+static inline Shown shown_from(const DecodeTask& task, std::size_t head) noexcept {
+  return {task.logits == nullptr ? nullptr : task.logits + head * kBlockTokens,
+          task.seen_p == nullptr ? nullptr : task.seen_p + head * kBlockTokens,
+          task.seen_m == nullptr ? nullptr : task.seen_m + head};
+}
+
+// Of heads that see nothing of a block.
+static inline void show_nothing(const Shown& shown, std::size_t heads) noexcept {
+  for (std::size_t i = 0; shown.logits != nullptr && i < heads * kBlockTokens; ++i) shown.logits[i] = kMinusInfinity;
+  for (std::size_t i = 0; shown.p != nullptr && i < heads * kBlockTokens; ++i) shown.p[i] = 0;
+  for (std::size_t g = 0; shown.m != nullptr && g < heads; ++g) shown.m[g] = kMinusInfinity;
+}
 
 #define INFEROS_DECLARE_ATTEND                                                                                       \
   void attend_decode(const DecodeTask& task) noexcept;                                                               \

@@ -44,7 +44,8 @@ struct Work {  // one block, one chunk of heads
   const DecodeTask& task;
   const BlockView& block;
   TokenRange range;
-  std::size_t head;  // first of the chunk
+  std::size_t before;  // heads of the task's blocks before this one
+  std::size_t head;    // first of the chunk
 };
 
 void fetch(std::size_t lines, Scratch& x) noexcept {
@@ -331,7 +332,7 @@ void f16_channels(const Work& work, const std::byte* values, Scratch& x) noexcep
 }
 
 template <std::size_t G>
-void run_chunk(const Work& work, const Shown& shown, Scratch& x) noexcept {
+void run_chunk(const Work& work, Scratch& x) noexcept {
   const DecodeTask& task = work.task;
   const std::byte* const record = work.block.data;
   const BlockLayout layout = packed_layout(task.format, task.d);
@@ -348,7 +349,8 @@ void run_chunk(const Work& work, const Shown& shown, Scratch& x) noexcept {
   bool any = false;
   for (std::size_t g = 0; g < G; ++g) {
     const std::size_t head = work.head + g;
-    const Step step = softmax_step(x.s[g], work.range, task.softcap, shown.behind(g), task.m[head], task.l[head]);
+    const Shown own = shown_from(task, work.before + head);
+    const Step step = softmax_step(x.s[g], work.range, task.softcap, own, task.m[head], task.l[head]);
     x.alpha[g] = step.alpha;
     x.counts[g] = !(step.largest < task.skip_below);
     any = any || x.counts[g];
@@ -368,19 +370,18 @@ void run_chunk(const Work& work, const Shown& shown, Scratch& x) noexcept {
   }
 }
 
-void run_block(Work work, Shown shown, Scratch& x) noexcept {
+void run_block(Work work, Scratch& x) noexcept {
   const std::size_t group = work.task.group;
   std::size_t chunks = (group + kChunk - 1) / kChunk;
   while (work.head < group) {
     const std::size_t heads = (group - work.head + chunks - 1) / chunks;  // 5 heads are 3 + 2, not 4 + 1
     switch (heads) {
-      case 1: run_chunk<1>(work, shown, x); break;
-      case 2: run_chunk<2>(work, shown, x); break;
-      case 3: run_chunk<3>(work, shown, x); break;
-      default: run_chunk<4>(work, shown, x); break;
+      case 1: run_chunk<1>(work, x); break;
+      case 2: run_chunk<2>(work, x); break;
+      case 3: run_chunk<3>(work, x); break;
+      default: run_chunk<4>(work, x); break;
     }
     work.head += heads;
-    shown = shown.behind(heads);
     x.ahead_step = 0;
     --chunks;
   }
@@ -395,15 +396,14 @@ void attend_decode(const DecodeTask& task) noexcept {
   for (std::size_t i = 0; i < task.count; ++i) {
     const BlockView& block = task.blocks[i];
     const TokenRange range = visible_tokens(block.start, block.begin, block.end, task.visible);
-    const Shown shown = Shown{task.logits, task.seen_p, task.seen_m}.behind(i * task.group);
     if (range.lo >= range.hi) {
-      shown.nothing(task.group);
+      show_nothing(shown_from(task, i * task.group), task.group);
       continue;
     }
     scratch.ahead = reinterpret_cast<const char*>(block_ahead(task, i + depth, record));
     scratch.ahead_step = 64;
     scratch.near = task.near;
-    run_block({task, block, range, 0}, shown, scratch);
+    run_block({task, block, range, i * task.group, 0}, scratch);
   }
 }
 

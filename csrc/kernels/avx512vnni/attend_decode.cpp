@@ -64,7 +64,8 @@ struct Work {  // one block, one chunk of heads
   const DecodeTask& task;
   const BlockView& block;
   TokenRange range;
-  std::size_t head;  // first of the chunk
+  std::size_t before;  // heads of the task's blocks before this one
+  std::size_t head;    // first of the chunk
 };
 
 // The small functions are declared inline because g++ stops inlining them else, and what is bound by arithmetic loses a twentieth.
@@ -454,7 +455,7 @@ inline std::size_t softmax_lines(const Work& work) noexcept {
 }
 
 template <std::size_t G>
-void run_chunk(const Work& work, const Shown& shown, Scratch& x) noexcept {
+void run_chunk(const Work& work, Scratch& x) noexcept {
   const DecodeTask& task = work.task;
   const std::byte* const record = work.block.data;
   const BlockLayout layout = packed_layout(task.format, task.d);
@@ -471,8 +472,8 @@ void run_chunk(const Work& work, const Shown& shown, Scratch& x) noexcept {
   const std::size_t early = kPaced<G> ? left / 2 : left;
   fetch<G>(early, x);
   const TokenRange ranges[4] = {work.range, work.range, work.range, work.range};
-  const __m128 largest =
-      softmax_step<G>(x.s, ranges, task.softcap, shown, task.m + work.head, task.l + work.head, x.alpha);
+  const __m128 largest = softmax_step<G>(x.s, ranges, task.softcap, shown_from(task, work.before + work.head),
+                                         task.m + work.head, task.l + work.head, x.alpha);
   x.counts =
       static_cast<unsigned>(_mm_movemask_ps(_mm_cmpnlt_ps(largest, _mm_set1_ps(task.skip_below)))) & ((1U << G) - 1);
   if (x.counts == 0) return;
@@ -485,19 +486,18 @@ void run_chunk(const Work& work, const Shown& shown, Scratch& x) noexcept {
   values<G>(work, record + (task.format == Format::kF16 ? f16_values : layout.v_codes), x);
 }
 
-void run_block(Work work, Shown shown, Scratch& x) noexcept {
+void run_block(Work work, Scratch& x) noexcept {
   const std::size_t group = work.task.group;
   std::size_t chunks = (group + kChunk - 1) / kChunk;
   while (work.head < group) {
     const std::size_t heads = (group - work.head + chunks - 1) / chunks;  // 5 heads are 3 + 2, not 4 + 1
     switch (heads) {
-      case 1: run_chunk<1>(work, shown, x); break;
-      case 2: run_chunk<2>(work, shown, x); break;
-      case 3: run_chunk<3>(work, shown, x); break;
-      default: run_chunk<4>(work, shown, x); break;
+      case 1: run_chunk<1>(work, x); break;
+      case 2: run_chunk<2>(work, x); break;
+      case 3: run_chunk<3>(work, x); break;
+      default: run_chunk<4>(work, x); break;
     }
     work.head += heads;
-    shown = shown.behind(heads);
     x.ahead_step = 0;
     --chunks;
   }
@@ -512,15 +512,14 @@ void attend_decode(const DecodeTask& task) noexcept {
   for (std::size_t i = 0; i < task.count; ++i) {
     const BlockView& block = task.blocks[i];
     const TokenRange range = visible_tokens(block.start, block.begin, block.end, task.visible);
-    const Shown shown = Shown{task.logits, task.seen_p, task.seen_m}.behind(i * task.group);
     if (range.lo >= range.hi) {
-      shown.nothing(task.group);
+      show_nothing(shown_from(task, i * task.group), task.group);
       continue;
     }
     scratch.ahead = reinterpret_cast<const char*>(block_ahead(task, i + depth, record));
     scratch.ahead_step = kLineBytes;
     scratch.fetch = fetch_of(task);
-    run_block({task, block, range, 0}, shown, scratch);
+    run_block({task, block, range, i * task.group, 0}, scratch);
   }
 }
 

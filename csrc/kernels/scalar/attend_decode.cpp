@@ -116,7 +116,7 @@ void v4_values(const DecodeTask& task, const BlockView& block, const float (&p)[
 
 void decode_block(const DecodeTask& task, const BlockView& block, std::size_t g, const Shown& shown) noexcept {
   const TokenRange range = visible_tokens(block.start, block.begin, block.end, task.visible);
-  if (range.lo >= range.hi) return shown.nothing(1);
+  if (range.lo >= range.hi) return show_nothing(shown, 1);
   const bool f16 = task.format == Format::kF16;
   const float* q = task.q + g * task.d;
   float s[kT] = {};
@@ -144,10 +144,9 @@ void decode_block(const DecodeTask& task, const BlockView& block, std::size_t g,
 }  // namespace
 
 void attend_decode(const DecodeTask& task) noexcept {
-  const Shown shown{task.logits, task.seen_p, task.seen_m};
   for (std::size_t i = 0; i < task.count; ++i) {
     for (std::size_t g = 0; g < task.group; ++g) {
-      decode_block(task, task.blocks[i], g, shown.behind(i * task.group + g));
+      decode_block(task, task.blocks[i], g, shown_from(task, i * task.group + g));
     }
   }
 }
