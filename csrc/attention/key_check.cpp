@@ -84,7 +84,9 @@ class Logits {
                               .o = state.data(),
                               .m = m,
                               .l = m + shape_.group,
-                              .logits = one_.data()});
+                              .logits = one_.data(),
+                              .seen_p = nullptr,
+                              .seen_m = nullptr});
     for (std::size_t g = 0; g < shape_.group; ++g) {
       std::copy_n(one_.data() + g * kBlockTokens, kBlockTokens, all_.data() + (g * blocks_ + block) * kBlockTokens);
     }
