@@ -25,12 +25,13 @@ if _typing.TYPE_CHECKING:
     from inferos.quality.monitor import QualityMonitor
     from inferos.quality.scheduler import QualityScheduler
     from inferos.runtime.conversation import Conversation
-    from inferos.runtime.generate import Generation, Token
+    from inferos.runtime.generate import Generation
     from inferos.runtime.metrics import FTLMeasurement, MetricsCalculator
     from inferos.runtime.model import Model, load
     from inferos.runtime.register import register
     from inferos.runtime.rewrite import rewrite
     from inferos.runtime.sampler import SamplingOptions
+    from inferos.runtime.stop_texts import Token
 
     __version__: str
 
@@ -80,7 +81,7 @@ _HOMES = {
     "QualityScheduler": "inferos.quality.scheduler",
     "QuantizationLevel": "inferos.kv.engine",
     "SamplingOptions": "inferos.runtime.sampler",
-    "Token": "inferos.runtime.generate",
+    "Token": "inferos.runtime.stop_texts",
     "get_num_threads": "inferos.kv",
     "load": "inferos.runtime.model",
     "register": "inferos.runtime.register",

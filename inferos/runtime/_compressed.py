@@ -15,15 +15,14 @@ import numpy.typing as npt
 
 from inferos.errors import BusyError, ClosedError, InferosError, ProviderError, RewindError, ShapeError
 from inferos.kv import Arena, KVCache, LayerSpec
-from inferos.runtime._graph import load_graph
-from inferos.runtime._ort import ORT_ERRORS, check_ids, chunks, input_types, open_ort, session_options
+from inferos.runtime._ort import ORT_ERRORS, check_ids, chunks
 from inferos.runtime._reviews import QualitySource, Reviews
-from inferos.runtime._trim import FROM_INPUT, trim_logits
+from inferos.runtime._runner import open_runner
+from inferos.runtime._trim import FROM_INPUT
 from inferos.runtime.cache_rules import CacheRules
 from inferos.runtime.layout import HANDLE_INPUT, LENGTHS_INPUT, TOTAL_INPUT, ModelLayout
-from inferos.runtime.protocols import Float32, Ids, TokenSequence
-from inferos.runtime.register import register
-from inferos.runtime.rewrite import rewrite_in_place
+from inferos.runtime.protocols import Engine, Float32, Ids, Role, TokenSequence
+from inferos.runtime.routes import Routes
 
 __all__ = ["CompressedSequence", "CompressedSession"]
 
@@ -33,7 +32,8 @@ class CompressedSession:
 
     `rules` may be replaced at any time: new sequences are opened by them, and open ones follow from their next review
     on, as far as an open cache can: its sinks, its scorer and a fixed format stay. `measured_delta_ppl` is asked for
-    the newest measured delta PPL before a review whose thresholds move.
+    the newest measured delta PPL before a review whose thresholds move. `routes` are the engines that run its steps;
+    one on the CPU unless given.
 
     Thread-safe over different sequences; a sequence is used by one thread at a time (`BusyError` otherwise).
     """
@@ -46,6 +46,7 @@ class CompressedSession:
         arena: Arena,
         threads: int,
         prefill_chunk: int,
+        routes: Routes | None = None,
     ) -> None:
         self.layout = layout
         self.arena = arena
@@ -53,11 +54,7 @@ class CompressedSession:
         self.rules = rules
         self.measured_delta_ppl: QualitySource = lambda: None
         self.sequence().close()  # wrong options show here, before the weights are read
-        graph, self.trims = _decoder_graph(layout)
-        options = session_options(threads)
-        register(options)
-        self.ort = open_ort(graph, options, layout.folder)
-        self.types = input_types(self.ort)
+        self.routes = Routes([open_runner(layout, threads=threads)]) if routes is None else routes
 
     @property
     def kv(self) -> str:
@@ -73,6 +70,11 @@ class CompressedSession:
     def context_length(self) -> int:
         """Tokens the model can hold."""
         return self.layout.context_length
+
+    @property
+    def trims(self) -> bool:
+        """Whether a prompt gives logits for its last token only."""
+        return all(engine.trims for engine in self.routes.prefill)
 
     def sequence(self) -> CompressedSequence:
         """A new, empty sequence."""
@@ -131,13 +133,22 @@ class CompressedSession:
     def run(self, turns: list[Turn], ids: Ids, *, keep_all: bool = False) -> npt.NDArray[Any]:
         """Logits (rows, tokens, vocab_size) of one run over ids (rows, tokens). Commits nothing.
 
-        Unless `keep_all`, those of all but the last token may be left out.
+        Unless `keep_all`, those of all but the last token may be left out. Several tokens of a prompt are prefill;
+        one token a row, and tokens whose logits are all wanted, are decoding.
 
         Raises
         ------
         InferosError
             What failed inside the cache; ProviderError for everything else. The step is dropped.
         """
+        role: Role = "decode" if keep_all or ids.shape[1] == 1 else "prefill"
+        engine = self.routes.of(role)[0]
+        try:
+            return engine.run(self._feeds(engine, turns, ids, keep_all=keep_all))
+        except ORT_ERRORS as error:
+            raise _typed(turns, error) from error
+
+    def _feeds(self, engine: Engine, turns: list[Turn], ids: Ids, *, keep_all: bool) -> dict[str, npt.NDArray[Any]]:
         layout = self.layout
         past = np.array([turn.past for turn in turns])
         totals = past + ids.shape[1]
@@ -150,22 +161,9 @@ class CompressedSession:
         }
         if layout.position_ids:
             feeds[layout.position_ids] = past[:, None] + np.arange(ids.shape[1])
-        if layout.attention_mask in self.types:  # something besides attention reads it
+        if layout.attention_mask in engine.types:  # something besides attention reads it
             feeds[layout.attention_mask] = np.arange(totals.max()) < totals[:, None]
-        used = {name: np.asarray(values, self.types[name]) for name, values in feeds.items() if name in self.types}
-        try:
-            logits: npt.NDArray[Any] = self.ort.run([layout.logits], used)[0]
-        except ORT_ERRORS as error:
-            raise _typed(turns, error) from error
-        return logits
-
-
-def _decoder_graph(layout: ModelLayout) -> tuple[bytes, bool]:
-    """The rewritten graph, and whether its logits can be cut short. Nothing of the export outlives this call."""
-    model = load_graph(layout.model_path)
-    rewrite_in_place(model, head_dim=layout.layers[0].head_dim)
-    trims = trim_logits(model, layout.logits)
-    return model.SerializeToString(), trims
+        return feeds
 
 
 class Turn:
@@ -327,4 +325,6 @@ def _typed(turns: list[Turn], error: Exception) -> InferosError:
         kept = turn.cache.take_error()
         if kept is not None and str(kept) in str(error):  # not one left behind by another call
             return kept
+    if isinstance(error, ProviderError):
+        return error
     return ProviderError(f"the model failed: {error}")

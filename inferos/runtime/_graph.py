@@ -82,7 +82,7 @@ class AttentionNode:
     """One GroupQueryAttention or CompressedAttention node, checked to be one we compute.
 
     ``window`` is the number of positions a query sees, its own included; -1 = all. The names of past and present
-    are empty in a rewritten graph.
+    are empty in a rewritten graph. ``form`` names how the export writes attention.
     """
 
     node: onnx.NodeProto
@@ -97,6 +97,7 @@ class AttentionNode:
     past_value: str = ""
     present_key: str = ""
     present_value: str = ""
+    form: str = "GroupQueryAttention"
 
     @property
     def rewritten(self) -> bool:
@@ -328,4 +329,4 @@ def _read_ours(node: onnx.NodeProto, name: str, dtype: str) -> AttentionNode:
     if dtype not in _DTYPES.values():
         raise ModelError(f"node {name!r}: the model's metadata says {DTYPE_KEY}={dtype!r}; expected float32 or float16")
     _check_heads(name, heads, kv_heads, head_dim, window)
-    return AttentionNode(node, name, heads, kv_heads, head_dim, window, dtype, packed)
+    return AttentionNode(node, name, heads, kv_heads, head_dim, window, dtype, packed, form=OUR_OP)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from inferos.errors import BusyError, ClosedError
 from inferos.runtime.chat import Message, check_messages
-from inferos.runtime.generate import CachedTokens, Generation
+from inferos.runtime.decode_loop import CachedTokens
+from inferos.runtime.generate import Generation
 
 if TYPE_CHECKING:
     from inferos.runtime.model import Model

@@ -55,6 +55,8 @@ class AttentionLayer:
         and prefill, FP32 and FP16: exactly W positions are visible), so this is W - 1.
     past_key, past_value, present_key, present_value : str
         Names of the cache's inputs and outputs in the graph; empty where the model is rewritten.
+    form : str
+        How the graph writes this layer's attention, an operator's name or "decomposed".
     """
 
     name: str
@@ -66,6 +68,7 @@ class AttentionLayer:
     past_value: str = ""
     present_key: str = ""
     present_value: str = ""
+    form: str = "GroupQueryAttention"
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,4 +275,5 @@ def _layer(node: AttentionNode) -> AttentionLayer:
         past_value=node.past_value,
         present_key=node.present_key,
         present_value=node.present_value,
+        form=node.form,
     )

@@ -13,7 +13,7 @@ from typing import Protocol, Self
 import numpy as np
 
 from inferos.errors import ConfigError
-from inferos.runtime.generate import Token
+from inferos.runtime.stop_texts import Token
 
 __all__ = ["FTLMeasurement", "GeneratingModel", "MetricsCalculator", "RequestTimes", "WatchedTokens"]
 

@@ -22,10 +22,12 @@ from inferos.kv.policy import PolicyStore, PolicyVersion
 from inferos.runtime.cache_rules import CacheRules
 from inferos.runtime.chat import ChatTemplate, Message, find_template
 from inferos.runtime.conversation import Conversation
+from inferos.runtime.decode_loop import CachedTokens, Cancel, Limits
 from inferos.runtime.effective import EffectivePolicy, describe_policy
-from inferos.runtime.generate import CachedTokens, Cancel, Generation, Limits, check_stops
+from inferos.runtime.generate import Generation
 from inferos.runtime.protocols import DecoderSession, FollowsRules, Ids, RequestObserver
 from inferos.runtime.sampler import Sampler, SamplingOptions
+from inferos.runtime.stop_texts import check_stops
 from inferos.runtime.tokenizer import TextTokenizer, read_json
 
 __all__ = ["DEFAULT_MAX_TOKENS", "Model", "Prompt", "load", "resolve_model"]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Collection
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -14,10 +14,54 @@ from inferos.runtime.cache_rules import CacheRules
 if TYPE_CHECKING:
     from inferos.runtime.layout import ModelLayout
 
-__all__ = ["DecoderSession", "Float32", "FollowsRules", "Ids", "RequestObserver", "SharedSession", "TokenSequence"]
+__all__ = [
+    "DecoderSession",
+    "Engine",
+    "Float32",
+    "FollowsRules",
+    "Ids",
+    "RequestObserver",
+    "Role",
+    "SharedSession",
+    "TokenSequence",
+]
 
 Ids = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
+Role = Literal["prefill", "decode"]
+
+
+class Engine(Protocol):
+    """The rewritten model opened on one device. Which caches it works on comes with every run, as handles.
+
+    Attributes
+    ----------
+    name : str
+        For people; unique within a session.
+    device : str
+        The device in force, such as cpu.
+    trims : bool
+        Whether logits of all but the last token can be left out.
+    types : mapping
+        Numpy types of the inputs that its graph has.
+    """
+
+    name: str
+    device: str
+    trims: bool
+    types: dict[str, type[np.generic]]
+
+    def run(self, feeds: Mapping[str, npt.NDArray[Any]], *, run_options: Any = None) -> npt.NDArray[Any]:
+        """Logits (rows, tokens, vocab_size) of one step; what the graph has no input for is not fed.
+
+        `run_options` are an ``onnxruntime.RunOptions``. Commits nothing, and may be called from several threads.
+
+        Raises
+        ------
+        Exception
+            Whatever ONNX Runtime raises, or ProviderError.
+        """
+        ...
 
 
 class TokenSequence(Protocol):

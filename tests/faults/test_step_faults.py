@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from fakes import PassingEngine
 from models import Tiny, tiny_folder, token_ids
 
 from inferos.errors import BudgetError, BusyError, ClosedError, ProviderError
@@ -20,6 +22,7 @@ from inferos.runtime._graph import load_graph
 from inferos.runtime._ort import ORT_ERRORS
 from inferos.runtime.cache_rules import CacheRules
 from inferos.runtime.layout import read_layout
+from inferos.runtime.protocols import Engine
 from inferos.runtime.register import register
 from inferos.runtime.rewrite import rewrite_model
 
@@ -155,11 +158,11 @@ def test_an_abandoned_run_that_goes_on_late_cannot_write(tmp_path: Path, layer: 
         assert disturbed.length == undisturbed.length
 
 
-class HangingRuntime:
-    """An ``InferenceSession`` whose next run hangs, before or after its work, until it is let go."""
+class HangingEngine(PassingEngine):
+    """An engine whose next run hangs, before or after its work, until it is let go."""
 
-    def __init__(self, real: Any, *, after_work: bool) -> None:
-        self.real = real
+    def __init__(self, real: Engine, *, after_work: bool) -> None:
+        super().__init__(real)
         self.after_work = after_work
         self.hangs = threading.Event()
         self.let_go = threading.Event()
@@ -168,12 +171,12 @@ class HangingRuntime:
         self.hangs.set()
         assert self.let_go.wait(60)
 
-    def run(self, names: list[str], feeds: dict[str, Any]) -> Any:
+    def run(self, feeds: Mapping[str, Any], *, run_options: Any = None) -> Any:
         if self.hangs.is_set():
-            return self.real.run(names, feeds)
+            return super().run(feeds, run_options=run_options)
         if not self.after_work:
             self._hang()
-        result = self.real.run(names, feeds)
+        result = super().run(feeds, run_options=run_options)
         if self.after_work:
             self._hang()
         return result
@@ -186,7 +189,8 @@ def test_a_hanging_sequence_is_usable_at_once_when_it_is_abandoned(tmp_path: Pat
     undisturbed, disturbed = session.sequence(), session.sequence()
     undisturbed.feed(PROMPT)
     disturbed.feed(PROMPT)
-    runtime = session.ort = HangingRuntime(session.ort, after_work=after_work)
+    engine = HangingEngine(session.routes.decode[0], after_work=after_work)
+    session.routes.place(decode=[engine])
     raised: list[BaseException] = []
 
     def hang() -> None:
@@ -197,13 +201,13 @@ def test_a_hanging_sequence_is_usable_at_once_when_it_is_abandoned(tmp_path: Pat
 
     thread = threading.Thread(target=hang)
     thread.start()
-    assert runtime.hangs.wait(60)
+    assert engine.hangs.wait(60)
     with pytest.raises(BusyError):
         disturbed.feed(STEPS[:1])
     disturbed.abandon()
     for step in range(3):
         np.testing.assert_array_equal(disturbed.feed(STEPS[step, None]), undisturbed.feed(STEPS[step, None]))
-    runtime.let_go.set()
+    engine.let_go.set()
     thread.join()
     assert len(raised) == 1
     for step in range(3, 40):
@@ -298,7 +302,7 @@ def test_an_error_left_behind_by_another_host_is_not_blamed_on_a_run(tmp_path: P
         "inferos_logits_from": np.array([0]),
     }
     with pytest.raises(ORT_ERRORS, match=r"gap|past|cached"):
-        session.ort.run(None, gap)  # its error stays on the handle: nobody takes it
+        session.routes.decode[0].run(gap)  # its error stays on the handle: nobody takes it
     with pytest.raises(ProviderError, match="out of data bounds"):
         sequence.feed(np.array([TRIPWIRE]))
 

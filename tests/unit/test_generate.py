@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from inferos.config import Policy
 from inferos.errors import BudgetError, BusyError, ConfigError, ContextError, ModelError, ProviderLost, ShapeError
-from inferos.runtime.generate import Generation, Token, _Tail
+from inferos.runtime.generate import Generation
 from inferos.runtime.model import Model, load, resolve_model
+from inferos.runtime.stop_texts import StopTail, Token
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +136,7 @@ def test_a_special_token_as_a_stop_text_ends_at_its_id(folder: Path) -> None:
     stops=st.lists(st.text("abc", min_size=1, max_size=4), max_size=3),
 )
 def test_held_tokens_make_the_text_up_to_the_first_stop(pieces: list[str], stops: list[str]) -> None:
-    tail = _Tail(tuple(stops))
+    tail = StopTail(tuple(stops))
     given_out: list[Token] = []
     used = ""
     for number, piece in enumerate(pieces):

@@ -17,7 +17,7 @@ PYTHON_RANKS = [
     {"errors"},
     {"config"},
     {"kv", "devices"},
-    {"runtime"},
+    {"runtime", "capi"},
     {"quality", "store"},
     {"agent", "adapters", "bench"},
     {"cli"},

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from inferos.errors import ConfigError
-from inferos.runtime.generate import Token
 from inferos.runtime.metrics import FTLMeasurement, MetricsCalculator, RequestTimes
+from inferos.runtime.stop_texts import Token
 
 
 class Clock:

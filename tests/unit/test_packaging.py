@@ -51,6 +51,10 @@ def test_wheel_holds_libinferos_and_the_extension_modules_once_each(files: set[s
     assert sorted(name.removeprefix("lib").split(".")[0] for name in compiled) == ["_core", "_sampler", "inferos"]
 
 
+def test_wheel_holds_what_c_and_cython_hosts_compile_with(files: set[str]) -> None:
+    assert {"inferos/include/inferos.h", "inferos/capi.pxd"} <= files
+
+
 def test_wheel_holds_the_template_of_the_report(files: set[str]) -> None:
     assert "inferos/quality/templates/report.html.j2" in files
 

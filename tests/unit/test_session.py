@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +10,14 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import pytest
+from fakes import PassingEngine
 from models import Tiny, tiny_folder, tiny_model, token_ids, write_folder
 
 from inferos.errors import BudgetError, ConfigError, ContextError, ModelError, RewindError, ShapeError
 from inferos.runtime._compressed import CompressedSession
 from inferos.runtime._stock import StockSession
 from inferos.runtime.layout import read_layout
-from inferos.runtime.protocols import DecoderSession
+from inferos.runtime.protocols import DecoderSession, Engine
 from inferos.runtime.rewrite import rewrite
 from inferos.runtime.session import open_session
 
@@ -226,6 +227,25 @@ def test_stock_attention_of_a_rewritten_model_is_refused(tmp_path: Path) -> None
         open_session(report.folder, kv="off")
 
 
+def prompt_and_steps(session: DecoderSession) -> npt.NDArray[np.float32]:
+    """Logits after a prompt of 150 tokens and after each of 50 more."""
+    sequence = session.sequence()
+    return np.stack([sequence.feed(IDS[:150]), *(sequence.feed(token[None]) for token in IDS[150:])])
+
+
+def test_prompts_run_on_one_engine_and_single_tokens_on_the_other(tmp_path: Path) -> None:
+    session: Any = open_tiny(tmp_path, "int8", prefill_chunk=64)
+    (engine,) = session.routes.decode
+    wanted = prompt_and_steps(session)
+    prefill, decoder = WatchedEngine(engine), WatchedEngine(engine)
+    session.routes.place(prefill=[prefill], decode=[decoder])
+    np.testing.assert_array_equal(prompt_and_steps(session), wanted)
+    assert (len(prefill.sizes), len(decoder.sizes)) == (3, 50)
+    with pytest.raises(ConfigError, match="no engine for decode"):
+        session.routes.place(prefill=[engine], decode=[])
+    assert session.routes.prefill == (prefill,)
+
+
 @pytest.mark.parametrize("kv", ["off", "f16"])
 def test_a_graph_that_onnxruntime_refuses_is_a_model_error(tmp_path: Path, kv: str) -> None:
     model = tiny_model(Tiny())
@@ -246,34 +266,36 @@ def test_large_external_data_is_not_read_into_the_graph(tmp_path: Path, monkeypa
     assert open_session(folder, kv="f16").sequence().feed(IDS).shape == (64,)
 
 
-class WatchedRuntime:
-    """An ``InferenceSession`` that notes how many logits each run gives."""
+class WatchedEngine(PassingEngine):
+    """An engine that notes how many logits each run gives."""
 
-    def __init__(self, real: Any) -> None:
-        self.real = real
+    def __init__(self, real: Engine) -> None:
+        super().__init__(real)
         self.sizes: list[int] = []
 
-    def run(self, names: list[str], feeds: dict[str, Any]) -> Any:
-        results = self.real.run(names, feeds)
-        self.sizes.append(results[0].size)
-        return results
+    def run(self, feeds: Mapping[str, Any], *, run_options: Any = None) -> Any:
+        logits = super().run(feeds, run_options=run_options)
+        self.sizes.append(logits.size)
+        return logits
 
 
 def test_logits_of_a_chunk_stay_small_where_the_vocabulary_is_large(tmp_path: Path) -> None:
     vocab = 50_000
     tiny = Tiny(vocab=vocab, layers=1, heads=1, kv_heads=1)
     session: Any = open_tiny(tmp_path, "f16", tiny, prefill_chunk=4096)
-    runtime = session.ort = WatchedRuntime(session.ort)
+    engine = WatchedEngine(session.routes.decode[0])
+    session.routes.place(decode=[engine])
     session.sequence().feed_all(token_ids(400, vocab))
-    assert sum(runtime.sizes) == 400 * vocab
-    assert max(runtime.sizes) * 4 <= 64 << 20
+    assert sum(engine.sizes) == 400 * vocab
+    assert max(engine.sizes) * 4 <= 64 << 20
 
 
 def test_a_prompt_gives_logits_for_its_last_token_only(tmp_path: Path) -> None:
     session: Any = open_tiny(tmp_path, "f16", prefill_chunk=512)
-    runtime = session.ort = WatchedRuntime(session.ort)
+    engine = WatchedEngine(session.routes.prefill[0])
+    session.routes.place(prefill=[engine])
     session.sequence().feed(IDS)
-    assert runtime.sizes == [64]
+    assert engine.sizes == [64]
 
 
 def _scaled(model: onnx.ModelProto) -> None:
@@ -394,7 +416,7 @@ def test_a_session_beside_shares_the_weights_and_no_budget(tmp_path: Path) -> No
     assert isinstance(session, CompressedSession)
     before = session.arena.stats()
     twin, plain = session.beside(), session.beside(kv="f16")
-    assert twin.ort is plain.ort is session.ort
+    assert twin.routes is plain.routes is session.routes
     assert (twin.kv, plain.kv, session.kv) == ("int4", "f16", "int4")
     wanted = open_tiny(tmp_path, "f16").sequence().feed(IDS)
     np.testing.assert_array_equal(plain.sequence().feed(IDS), wanted)

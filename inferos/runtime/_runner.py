@@ -1,0 +1,75 @@
+"""One open ONNX Runtime session of the rewritten graph, on one device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from inferos.runtime._graph import load_graph
+from inferos.runtime._ort import input_types, open_ort, session_options
+from inferos.runtime._trim import trim_logits
+from inferos.runtime.layout import ModelLayout
+from inferos.runtime.register import register
+from inferos.runtime.rewrite import rewrite_in_place
+
+__all__ = ["Runner", "open_runner"]
+
+
+class Runner:
+    """An `Engine` over an ``onnxruntime.InferenceSession``.
+
+    Parameters
+    ----------
+    session : onnxruntime.InferenceSession
+    logits : str
+        The output's name.
+    trims : bool
+        Whether the graph takes `FROM_INPUT`.
+    name, device : str
+        For people, and the device in force.
+    """
+
+    def __init__(self, session: Any, logits: str, *, trims: bool, name: str = "cpu", device: str = "cpu") -> None:
+        self.ort = session
+        self.name = name
+        self.device = device
+        self.trims = trims
+        self.types = input_types(session)
+        self._outputs = [logits]
+
+    def run(self, feeds: Mapping[str, npt.NDArray[Any]], *, run_options: Any = None) -> npt.NDArray[Any]:
+        """Logits (rows, tokens, vocab_size); see `Engine.run`."""
+        used = {name: np.asarray(values, self.types[name]) for name, values in feeds.items() if name in self.types}
+        logits: npt.NDArray[Any] = self.ort.run(self._outputs, used, run_options)[0]
+        return logits
+
+
+def open_runner(layout: ModelLayout, *, threads: int) -> Runner:
+    """The model's rewritten graph on the CPU.
+
+    Parameters
+    ----------
+    layout : ModelLayout
+    threads : int
+        Threads inside a node; 0 = as many as ONNX Runtime finds right.
+
+    Raises
+    ------
+    ModelError, UnsupportedError
+        If the graph cannot be rewritten, or ONNX Runtime refuses it.
+    """
+    graph, trims = _decoder_graph(layout)
+    options = session_options(threads)
+    register(options)
+    return Runner(open_ort(graph, options, layout.folder), layout.logits, trims=trims)
+
+
+def _decoder_graph(layout: ModelLayout) -> tuple[bytes, bool]:
+    """The rewritten graph, and whether its logits can be cut short. Nothing of the export outlives this call."""
+    model = load_graph(layout.model_path)
+    rewrite_in_place(model, head_dim=layout.layers[0].head_dim)
+    trims = trim_logits(model, layout.logits)
+    return model.SerializeToString(), trims
