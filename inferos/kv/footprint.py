@@ -20,7 +20,7 @@ from inferos.kv.tiers import check_thresholds, settled_shares
 __all__ = ["CachePlan", "Footprint"]
 
 _BLOCK_TOKENS = 64
-_SCORE_PAGE = 32  # csrc/kv/importance.hpp: blocks of a head that share a record, beside each block's own until it is at L2
+_SCORE_PAGE = 32  # csrc/kv/importance.hpp: blocks of a head share a record, beside each one's own until it is at L2
 _FORMATS: dict[str, BlockFormat] = {"f16": "f16", "int8": "int8", "k8v4": "k8v4", "int4": "int4"}
 # csrc/core/arena.cpp: a slab is at most a 16th of what is held, within 64 KiB..2 MiB, and under a budget a 128th of that.
 _SMALLEST_SLAB, _LARGEST_SLAB, _SLAB_SHARE, _BUDGET_SLABS = 64 << 10, 2 << 20, 16, 128
