@@ -396,9 +396,9 @@ bool SequenceCache::wants_key_check(std::size_t layer) const {
          s.keys[layer].is_due(s.length + s.step.tokens);
 }
 
-void SequenceCache::keys_checked(std::size_t layer, double divergence) noexcept {
+void SequenceCache::keys_checked(std::size_t layer, const KeyError& error) noexcept {
   State& s = *state_;
-  s.keys[layer].checked(s.length + s.step.tokens, divergence);
+  s.keys[layer].checked(s.length + s.step.tokens, error);
   s.reviews[layer].set_limits(s.narrowest(layer), max_level(s.options, layer) == Level::kL3);
 }
 

@@ -77,9 +77,9 @@ class SequenceCache {
   void mass_folded(std::size_t layer) noexcept;
   // Importance of a block of the grid; NaN where it is not known.
   double score(std::size_t layer, std::size_t head, std::size_t index) const;
-  // Whether the queries of this layer's appended step should be used to see what INT4 keys do to its softmax; and what they said, in nats.
+  // Whether the queries of this layer's appended step should be used to see what INT4 keys do to its output; and what they said.
   bool wants_key_check(std::size_t layer) const;
-  void keys_checked(std::size_t layer, double divergence) noexcept;
+  void keys_checked(std::size_t layer, const KeyError& error) noexcept;
   // What a block of the layer becomes at most, as things stand.
   Format narrowest(std::size_t layer) const;
 
