@@ -28,7 +28,7 @@ if _typing.TYPE_CHECKING:
     from inferos.runtime.generate import Generation
     from inferos.runtime.metrics import FTLMeasurement, MetricsCalculator
     from inferos.runtime.model import Model, load
-    from inferos.runtime.register import register
+    from inferos.runtime.register import new_cache, register
     from inferos.runtime.rewrite import rewrite
     from inferos.runtime.sampler import SamplingOptions
     from inferos.runtime.stop_texts import Token
@@ -58,6 +58,7 @@ __all__ = [
     "get_num_threads",
     "kernels",
     "load",
+    "new_cache",
     "register",
     "rewrite",
     "set_num_threads",
@@ -84,6 +85,7 @@ _HOMES = {
     "Token": "inferos.runtime.stop_texts",
     "get_num_threads": "inferos.kv",
     "load": "inferos.runtime.model",
+    "new_cache": "inferos.runtime.register",
     "register": "inferos.runtime.register",
     "rewrite": "inferos.runtime.rewrite",
     "set_num_threads": "inferos.kv",
