@@ -33,7 +33,7 @@ if _typing.TYPE_CHECKING:
     from inferos.runtime.metrics import FTLMeasurement, MetricsCalculator
     from inferos.runtime.model import Model, load
     from inferos.runtime.queue import RequestQueue
-    from inferos.runtime.register import register
+    from inferos.runtime.register import new_cache, register
     from inferos.runtime.rewrite import rewrite
     from inferos.runtime.sampler import SamplingOptions
     from inferos.runtime.stop_texts import Token
@@ -70,6 +70,7 @@ __all__ = [
     "get_num_threads",
     "kernels",
     "load",
+    "new_cache",
     "register",
     "rewrite",
     "set_num_threads",
@@ -103,6 +104,7 @@ _HOMES = {
     "Token": "inferos.runtime.stop_texts",
     "get_num_threads": "inferos.kv",
     "load": "inferos.runtime.model",
+    "new_cache": "inferos.runtime.register",
     "register": "inferos.runtime.register",
     "rewrite": "inferos.runtime.rewrite",
     "set_num_threads": "inferos.kv",
