@@ -41,26 +41,26 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 def resolve_model(model: str | Path) -> Path:
-    """The folder a MODEL argument stands for.
+    """The folder or the ONNX file a MODEL argument stands for.
 
     Parameters
     ----------
     model : str or Path
-        "reference" is the embedded model, built on first use; anything else is the path of a folder.
+        "reference" is the embedded model, built on first use; anything else is the path of a folder or an ONNX file.
 
     Raises
     ------
     ModelError
-        If it is no folder.
+        If it is neither.
     """
     if model == "reference":
         from inferos.runtime.reference import reference_folder
 
         return reference_folder()
     path = Path(model).expanduser()
-    if not path.is_dir():
+    if not path.is_dir() and not (path.is_file() and path.suffix == ".onnx"):
         what = "a file" if path.exists() else "not there"
-        raise ModelError(f"model: {str(model)!r} is {what}; wanted a model's folder, or reference")
+        raise ModelError(f"model: {str(model)!r} is {what}; wanted a model's folder, an ONNX file, or reference")
     return path
 
 
@@ -78,7 +78,8 @@ def load(
     Parameters
     ----------
     model : str or Path
-        A folder of an onnxruntime-genai model, as exported or rewritten; "reference" is the embedded one.
+        A folder of onnxruntime-genai, optimum or transformers.js, or one ONNX file, as exported or rewritten;
+        "reference" is the embedded model.
     kv : str
         What older tokens are kept in: f16, int8, k8v4 or int4; auto leaves it to the policy; off is ONNX Runtime's
         own uncompressed cache.

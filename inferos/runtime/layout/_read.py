@@ -1,0 +1,228 @@
+"""A model's layout from its graph, and from its configuration what the graph does not say."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+
+from inferos.errors import ModelError, UnsupportedError
+from inferos.runtime._branches import branch_input, inline_branch
+from inferos.runtime._graph import AttentionNode, attention_nodes, external_files, load_graph, subgraphs, tensor_shape
+from inferos.runtime.layout._places import find_model
+from inferos.runtime.layout._types import (
+    HANDLE_INPUT,
+    LENGTHS_INPUT,
+    TOTAL_INPUT,
+    AttentionLayer,
+    Facts,
+    ModelLayout,
+    Place,
+)
+
+__all__ = ["Ports", "read_layout", "read_ports"]
+
+_OUR_INPUTS = frozenset({HANDLE_INPUT, LENGTHS_INPUT, TOTAL_INPUT})
+_LOGITS_TO_KEEP = ("num_logits_to_keep", "logits_to_keep")
+# What a graph that is one of several parts takes instead of token ids.
+_OTHER_PARTS = ("inputs_embeds", "pixel_values", "input_features", "input_values")
+_STOCK_OP, _STOCK_PASTS = "GroupQueryAttention", (3, 4)
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """The inputs and outputs of a decoder that are not its cache; empty names where there is none."""
+
+    input_ids: str
+    logits: str
+    position_ids: str
+    attention_mask: str
+    logits_to_keep: str
+    vocab_size: int | None
+    last_logits_only: bool
+    one_token_runs: bool
+
+
+def read_layout(path: str | Path) -> ModelLayout:
+    """Read a decoder as it was exported, its weights left alone.
+
+    Parameters
+    ----------
+    path : path
+        A folder of onnxruntime-genai, optimum or transformers.js, or one ONNX file inside or outside of such a folder.
+        Of several variants in a folder the one nearest to the weights as trained is taken: without a suffix, then
+        fp16, quantized, int8, uint8, q8, q4, q4f16, bnb4; of equal ones ``model``, ``decoder_model_merged``,
+        ``decoder_with_past_model``.
+
+    Raises
+    ------
+    ModelError
+        If there is no usable decoder model: no folder, a damaged configuration, no, a truncated or an incomplete ONNX
+        file, external data that is missing or outside the folder, a context that nothing states.
+    UnsupportedError
+        If the model is no decoder-only text model, or its attention is of a form inferos does not compute; the
+        message names the node and the reason.
+    """
+    place = find_model(path)
+    model = load_graph(place.model_path)
+    external = external_files(model, place.model_path.parent)
+    ports = read_ports(model.graph, place.facts)
+    branch = branch_input(model.graph)
+    shared = not branch and _shares_buffers(model.graph)
+    if branch:
+        inline_branch(model.graph, branch)
+    nodes = attention_nodes(model, place.facts.head_size)
+    known = {ports.input_ids, ports.position_ids, ports.attention_mask, ports.logits_to_keep, branch} | _OUR_INPUTS
+    _check_inputs(model.graph, known | {name for node in nodes for name in (node.past_key, node.past_value)})
+    return _layout(place, ports, nodes, external, branch, shared, _positions(model.graph, nodes))
+
+
+def _layout(
+    place: Place,
+    ports: Ports,
+    nodes: tuple[AttentionNode, ...],
+    external: tuple[Path, ...],
+    branch: str,
+    shared: bool,
+    positions: int | None,
+) -> ModelLayout:
+    facts = place.facts
+    stated = [number for number in (facts.context_length, positions) if number is not None]
+    vocab = ports.vocab_size or facts.vocab_size
+    if vocab is None or not stated:
+        name = "vocab_size" if vocab is None else "context_length"
+        raise ModelError(f"{facts.source}: {name} is missing, and the graph does not say it")
+    return ModelLayout(
+        folder=place.folder,
+        model_path=place.model_path,
+        layers=tuple(_layer(node) for node in nodes),
+        context_length=min(stated),
+        vocab_size=vocab,
+        bos_id=next(iter(facts.bos_ids), None),
+        eos_ids=facts.eos_ids,
+        pad_id=next(iter(facts.pad_ids), None),
+        dtype=nodes[0].dtype,
+        rewritten=nodes[0].rewritten,
+        input_ids=ports.input_ids,
+        logits=ports.logits,
+        position_ids=ports.position_ids,
+        attention_mask=ports.attention_mask,
+        use_cache_branch=branch,
+        logits_to_keep=ports.logits_to_keep,
+        last_logits_only=ports.last_logits_only,
+        one_token_runs=ports.one_token_runs,
+        shared_buffers=shared,
+        model_type=facts.model_type,
+        kind=place.kind,
+        external_data=external,
+    )
+
+
+def _layer(node: AttentionNode) -> AttentionLayer:
+    return AttentionLayer(
+        name=node.name,
+        heads=node.heads,
+        kv_heads=node.kv_heads,
+        head_dim=node.head_dim,
+        local_window=node.window - 1 if node.window > 0 else -1,
+        past_key=node.past_key,
+        past_value=node.past_value,
+        present_key=node.present_key,
+        present_value=node.present_value,
+        dtype=node.dtype,
+    )
+
+
+def read_ports(graph: onnx.GraphProto, facts: Facts) -> Ports:
+    """What a decoder is fed and what it gives, but for its cache.
+
+    Raises
+    ------
+    ModelError
+        If there are no token ids or no logits under the names that the configuration gives.
+    UnsupportedError
+        If the graph is part of an encoder-decoder or of a model in several parts, or takes what is not fed here.
+    """
+    inputs = _inputs(graph)
+    outputs = {value.name: value for value in graph.output}
+    _refuse_parts(inputs)
+    names = {name: facts.names.get(name, name) for name in ("input_ids", "position_ids", "attention_mask")}
+    logits = facts.names.get("logits", "logits")
+    if names["input_ids"] not in inputs:
+        raise ModelError(f"read_layout: the graph has no input {names['input_ids']!r}; a text decoder is wanted")
+    if logits not in outputs:
+        raise ModelError(f"read_layout: the graph has no output {logits!r}")
+    for name in names.values():
+        if name in inputs and len(tensor_shape(inputs[name])) not in (0, 2):
+            raise UnsupportedError(f"read_layout: the graph's input {name!r} is not (batch, tokens)")
+    shape = tensor_shape(outputs[logits])
+    ids = tensor_shape(inputs[names["input_ids"]])
+    one_token = len(ids) == 2 and ids[1] == 1
+    return Ports(
+        input_ids=names["input_ids"],
+        logits=logits,
+        position_ids=names["position_ids"] if names["position_ids"] in inputs else "",
+        attention_mask=names["attention_mask"] if names["attention_mask"] in inputs else "",
+        logits_to_keep=next((name for name in _LOGITS_TO_KEEP if name in inputs), ""),
+        vocab_size=shape[-1] if shape and isinstance(shape[-1], int) else None,
+        last_logits_only=not one_token and (len(shape) == 2 or (len(shape) == 3 and shape[1] == 1)),
+        one_token_runs=one_token,
+    )
+
+
+def _inputs(graph: onnx.GraphProto) -> dict[str, onnx.ValueInfoProto]:
+    constants = {tensor.name for tensor in graph.initializer}  # old exports list their constants as inputs
+    return {value.name: value for value in graph.input if value.name not in constants}
+
+
+def _refuse_parts(inputs: Collection[str]) -> None:
+    for name in sorted(inputs):
+        if name.startswith("encoder_") or ".encoder." in name:
+            raise UnsupportedError(f"read_layout: the graph's input {name!r} is of an encoder-decoder; its two kinds of "
+                                   "attention are not rewritten")  # fmt: skip
+    for name in _OTHER_PARTS:
+        if name in inputs:
+            raise UnsupportedError(
+                f"read_layout: the graph's input {name!r} comes from another part of the model; "
+                "a decoder in one piece is wanted"
+            )
+
+
+def _check_inputs(graph: onnx.GraphProto, known: set[str]) -> None:
+    unknown = sorted(set(_inputs(graph)) - known)
+    if not unknown:
+        return
+    name = unknown[0]
+    if "past" in name or "state" in name:
+        raise UnsupportedError(
+            f"read_layout: the graph's input {name!r} is a state that no attention layer reads as its past; "
+            "hybrid models are left alone"
+        )
+    raise UnsupportedError(f"read_layout: the graph's input {name!r} is not one inferos can feed")
+
+
+def _shares_buffers(graph: onnx.GraphProto) -> bool:
+    """Whether every past is read by GroupQueryAttention alone, which appends in place and knows the lengths."""
+    pasts: set[str] = set()
+    others: set[str] = set()
+    for node in graph.node:
+        places = _STOCK_PASTS if node.op_type == _STOCK_OP else ()
+        pasts |= {name for at, name in enumerate(node.input) if at in places and name}
+        others |= {name for at, name in enumerate(node.input) if at not in places}
+        others |= {name for body in subgraphs(node) for inner in body.node for name in inner.input}
+    return bool(pasts) and not pasts & others
+
+
+def _positions(graph: onnx.GraphProto, nodes: tuple[AttentionNode, ...]) -> int | None:
+    """Positions that the attention's rotary tables have rows for, where they are constants."""
+    rows = {tensor.name: tensor.dims[0] for tensor in graph.initializer if len(tensor.dims) == 2}
+    lengths = [rows[name] for node in nodes for name in _tables(node) if name in rows]
+    return min(lengths, default=None)
+
+
+def _tables(node: AttentionNode) -> list[str]:
+    """The names of cos_cache and sin_cache, where this attention rotates."""
+    first = 5 if node.rewritten else 7
+    return list(node.node.input[first : first + 2]) if node.node.op_type in (_STOCK_OP, "CompressedAttention") else []
