@@ -386,14 +386,19 @@ class Model:
     @cached_property
     def _search(self) -> dict[str, Any]:
         """The folder's search defaults, if they ask for sampling."""
-        found = read_json(self.folder / "genai_config.json").get("search") if self.folder is not None else None
+        found: object = None
+        file = "genai_config.json: search."
+        if self.folder is not None:
+            found = read_json(self.folder / "genai_config.json").get("search")
+            if found is None:
+                file, found = "generation_config.json: ", read_json(self.folder / "generation_config.json")
         if not isinstance(found, dict) or found.get("do_sample") is not True:
             return {}
         wanted = {name: found[name] for name in _SAMPLING if found.get(name) is not None}
         try:
             SamplingOptions(**wanted)
         except ConfigError as error:
-            raise ModelError(f"genai_config.json: search.{error}") from error
+            raise ModelError(f"{file}{error}") from error
         return {"temperature": 1.0, **wanted}
 
     def _prepare(

@@ -73,8 +73,14 @@ def read_layout(path: str | Path) -> ModelLayout:
     shared = not branch and _shares_buffers(model.graph)
     if branch:
         inline_branch(model.graph, branch)
+    known = {ports.input_ids, ports.position_ids, ports.attention_mask, ports.logits_to_keep, branch}
+    if not set(_inputs(model.graph)) - known:
+        raise UnsupportedError(
+            f"read_layout: {place.model_path.name} takes no past: it was exported without a KV cache "
+            "(optimum's task text-generation-with-past has one)"
+        )
     nodes = attention_nodes(model, place.facts.head_size)
-    known = {ports.input_ids, ports.position_ids, ports.attention_mask, ports.logits_to_keep, branch} | _OUR_INPUTS
+    known |= _OUR_INPUTS
     _check_inputs(model.graph, known | {name for node in nodes for name in (node.past_key, node.past_value)})
     return _layout(place, ports, nodes, external, branch, shared, _positions(model.graph, nodes))
 
