@@ -102,7 +102,8 @@ def load(
     ConfigError
         If an option is unknown or out of range.
     ModelError, UnsupportedError
-        If the folder holds no usable decoder model, or one whose attention cannot be rewritten.
+        If there is no usable decoder model, or one whose attention cannot be rewritten; `kv="off"` takes any attention
+        whose past it can feed.
     """
     from inferos.runtime.layout import read_layout
     from inferos.runtime.session import open_by_policy
@@ -110,7 +111,7 @@ def load(
     rules = load_policy(policy)
     word = check_kv(kv)
     budget = None if budget_bytes is None else parse_size(budget_bytes)
-    layout = read_layout(resolve_model(model))
+    layout = read_layout(resolve_model(model), stock=word == "off")
     session = open_by_policy(
         layout,
         word,

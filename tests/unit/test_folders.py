@@ -318,3 +318,41 @@ def test_a_merged_decoder_says_what_feeds_its_choice(tmp_path: Path) -> None:
     layout = read_layout(huggingface_folder(tmp_path, merged_model(Tiny()), name="decoder_model_merged.onnx"))
     assert (layout.use_cache_branch, layout.shared_buffers, len(layout.layers)) == ("use_cache_branch", False, 3)
     assert json.loads((tmp_path / "config.json").read_text())["vocab_size"] == layout.vocab_size
+
+
+# ---- attention that inferos does not compute ----
+
+
+def _unknown_attention(model: onnx.ModelProto) -> None:
+    """Sinks in every layer: GroupQueryAttention that ONNX Runtime computes and we do not."""
+    model.graph.initializer.append(helper.make_tensor("sink", TensorProto.FLOAT, [4], [0.5] * 4))
+    for node in model.graph.node:
+        if node.op_type == "GroupQueryAttention":
+            node.input.extend([""] * (11 - len(node.input)) + ["sink"])
+
+
+def test_kv_off_runs_attention_that_is_not_rewritten(tmp_path: Path) -> None:
+    model = tiny_model(Tiny())
+    _unknown_attention(model)
+    folder = huggingface_folder(tmp_path, model)
+    with pytest.raises(UnsupportedError, match="head_sink is not supported"):
+        open_session(folder, kv="int8")
+    session = open_session(folder, kv="off")
+    whole = session.sequence().feed_all(IDS)
+    sequence = session.sequence()
+    sequence.feed(IDS[:50])
+    np.testing.assert_allclose(sequence.feed_all(IDS[50:]), whole[50:], rtol=0, atol=1e-5)
+    plain = open_session(huggingface_folder(tmp_path / "plain", tiny_model(Tiny())), kv="off").sequence().feed_all(IDS)
+    assert np.abs(whole - plain).max() > 0.01
+    with load(folder, kv="off") as loaded:
+        assert len(list(loaded.generate(IDS[:5], 4, ignore_eos=True))) == 4
+
+
+def test_a_layout_for_stock_sessions_says_why_it_is_refused(tmp_path: Path) -> None:
+    model = tiny_model(Tiny())
+    _unknown_attention(model)
+    layout = read_layout(huggingface_folder(tmp_path, model), stock=True)
+    assert "head_sink is not supported" in layout.refused
+    assert [(layer.kv_heads, layer.head_dim, layer.form) for layer in layout.layers] == [(2, 16, "unknown")] * 3
+    with pytest.raises(UnsupportedError, match="head_sink"):
+        open_session(layout, kv="f16")

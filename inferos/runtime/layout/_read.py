@@ -10,16 +10,15 @@ import onnx
 
 from inferos.errors import ModelError, UnsupportedError
 from inferos.runtime._branches import branch_input, inline_branch
-from inferos.runtime._graph import AttentionNode, attention_nodes, external_files, load_graph, subgraphs, tensor_shape
+from inferos.runtime._graph import external_files, load_graph, tensor_shape
+from inferos.runtime.layout._layers import Attention, read_attention, shares_buffers
 from inferos.runtime.layout._places import find_model
 from inferos.runtime.layout._types import (
     HANDLE_INPUT,
     LENGTHS_INPUT,
     TOTAL_INPUT,
-    AttentionLayer,
     Facts,
     ModelLayout,
-    Place,
 )
 
 __all__ = ["Ports", "read_layout", "read_ports"]
@@ -28,7 +27,6 @@ _OUR_INPUTS = frozenset({HANDLE_INPUT, LENGTHS_INPUT, TOTAL_INPUT})
 _LOGITS_TO_KEEP = ("num_logits_to_keep", "logits_to_keep")
 # What a graph that is one of several parts takes instead of token ids.
 _OTHER_PARTS = ("inputs_embeds", "pixel_values", "input_features", "input_values")
-_STOCK_OP, _STOCK_PASTS = "GroupQueryAttention", (3, 4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +43,7 @@ class Ports:
     one_token_runs: bool
 
 
-def read_layout(path: str | Path) -> ModelLayout:
+def read_layout(path: str | Path, *, stock: bool = False) -> ModelLayout:
     """Read a decoder as it was exported, its weights left alone.
 
     Parameters
@@ -55,6 +53,9 @@ def read_layout(path: str | Path) -> ModelLayout:
         Of several variants in a folder the one nearest to the weights as trained is taken: without a suffix, then
         fp16, quantized, int8, uint8, q8, q4, q4f16, bnb4; of equal ones ``model``, ``decoder_model_merged``,
         ``decoder_with_past_model``.
+    stock : bool, default False
+        Whether attention that inferos does not compute is taken as well: the model runs as exported, and the layout's
+        `refused` says why not otherwise.
 
     Raises
     ------
@@ -70,7 +71,6 @@ def read_layout(path: str | Path) -> ModelLayout:
     external = external_files(model, place.model_path.parent)
     ports = read_ports(model.graph, place.facts)
     branch = branch_input(model.graph)
-    shared = not branch and _shares_buffers(model.graph)
     if branch:
         inline_branch(model.graph, branch)
     known = {ports.input_ids, ports.position_ids, ports.attention_mask, ports.logits_to_keep, branch}
@@ -79,38 +79,21 @@ def read_layout(path: str | Path) -> ModelLayout:
             f"read_layout: {place.model_path.name} takes no past: it was exported without a KV cache "
             "(optimum's task text-generation-with-past has one)"
         )
-    nodes = attention_nodes(model, place.facts.head_size)
-    known |= _OUR_INPUTS
-    _check_inputs(model.graph, known | {name for node in nodes for name in (node.past_key, node.past_value)})
-    return _layout(place, ports, nodes, external, branch, shared, _positions(model.graph, nodes))
-
-
-def _layout(
-    place: Place,
-    ports: Ports,
-    nodes: tuple[AttentionNode, ...],
-    external: tuple[Path, ...],
-    branch: str,
-    shared: bool,
-    positions: int | None,
-) -> ModelLayout:
-    facts = place.facts
-    stated = [number for number in (facts.context_length, positions) if number is not None]
-    vocab = ports.vocab_size or facts.vocab_size
-    if vocab is None or not stated:
-        name = "vocab_size" if vocab is None else "context_length"
-        raise ModelError(f"{facts.source}: {name} is missing, and the graph does not say it")
+    attention = read_attention(model, place.facts.head_size, stock=stock)
+    pasts = {name for layer in attention.layers for name in (layer.past_key, layer.past_value)}
+    _check_inputs(model.graph, known | pasts | _OUR_INPUTS)
+    context, vocabulary = _sizes(place.facts, ports, attention)
     return ModelLayout(
         folder=place.folder,
         model_path=place.model_path,
-        layers=tuple(_layer(node) for node in nodes),
-        context_length=min(stated),
-        vocab_size=vocab,
-        bos_id=next(iter(facts.bos_ids), None),
-        eos_ids=facts.eos_ids,
-        pad_id=next(iter(facts.pad_ids), None),
-        dtype=nodes[0].dtype,
-        rewritten=nodes[0].rewritten,
+        layers=attention.layers,
+        context_length=context,
+        vocab_size=vocabulary,
+        bos_id=next(iter(place.facts.bos_ids), None),
+        eos_ids=place.facts.eos_ids,
+        pad_id=next(iter(place.facts.pad_ids), None),
+        dtype=attention.layers[0].dtype,
+        rewritten=attention.rewritten,
         input_ids=ports.input_ids,
         logits=ports.logits,
         position_ids=ports.position_ids,
@@ -119,26 +102,22 @@ def _layout(
         logits_to_keep=ports.logits_to_keep,
         last_logits_only=ports.last_logits_only,
         one_token_runs=ports.one_token_runs,
-        shared_buffers=shared,
-        model_type=facts.model_type,
+        shared_buffers=not branch and shares_buffers(model.graph, pasts),
+        model_type=place.facts.model_type,
         kind=place.kind,
+        refused=attention.refused,
         external_data=external,
     )
 
 
-def _layer(node: AttentionNode) -> AttentionLayer:
-    return AttentionLayer(
-        name=node.name,
-        heads=node.heads,
-        kv_heads=node.kv_heads,
-        head_dim=node.head_dim,
-        local_window=node.window - 1 if node.window > 0 else -1,
-        past_key=node.past_key,
-        past_value=node.past_value,
-        present_key=node.present_key,
-        present_value=node.present_value,
-        dtype=node.dtype,
-    )
+def _sizes(facts: Facts, ports: Ports, attention: Attention) -> tuple[int, int]:
+    """Context and vocabulary: what the graph says, and no more tokens than it has positions for."""
+    stated = [number for number in (facts.context_length, attention.positions) if number is not None]
+    vocabulary = ports.vocab_size or facts.vocab_size
+    if vocabulary is None or not stated:
+        name = "vocab_size" if vocabulary is None else "context_length"
+        raise ModelError(f"{facts.source}: {name} is missing, and the graph does not say it")
+    return min(stated), vocabulary
 
 
 def read_ports(graph: onnx.GraphProto, facts: Facts) -> Ports:
@@ -204,31 +183,6 @@ def _check_inputs(graph: onnx.GraphProto, known: set[str]) -> None:
     if "past" in name or "state" in name:
         raise UnsupportedError(
             f"read_layout: the graph's input {name!r} is a state that no attention layer reads as its past; "
-            "hybrid models are left alone"
+            "a model with such states (hybrid, or keys and values in one) is left alone"
         )
     raise UnsupportedError(f"read_layout: the graph's input {name!r} is not one inferos can feed")
-
-
-def _shares_buffers(graph: onnx.GraphProto) -> bool:
-    """Whether every past is read by GroupQueryAttention alone, which appends in place and knows the lengths."""
-    pasts: set[str] = set()
-    others: set[str] = set()
-    for node in graph.node:
-        places = _STOCK_PASTS if node.op_type == _STOCK_OP else ()
-        pasts |= {name for at, name in enumerate(node.input) if at in places and name}
-        others |= {name for at, name in enumerate(node.input) if at not in places}
-        others |= {name for body in subgraphs(node) for inner in body.node for name in inner.input}
-    return bool(pasts) and not pasts & others
-
-
-def _positions(graph: onnx.GraphProto, nodes: tuple[AttentionNode, ...]) -> int | None:
-    """Positions that the attention's rotary tables have rows for, where they are constants."""
-    rows = {tensor.name: tensor.dims[0] for tensor in graph.initializer if len(tensor.dims) == 2}
-    lengths = [rows[name] for node in nodes for name in _tables(node) if name in rows]
-    return min(lengths, default=None)
-
-
-def _tables(node: AttentionNode) -> list[str]:
-    """The names of cos_cache and sin_cache, where this attention rotates."""
-    first = 5 if node.rewritten else 7
-    return list(node.node.input[first : first + 2]) if node.node.op_type in (_STOCK_OP, "CompressedAttention") else []

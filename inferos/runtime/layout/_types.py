@@ -30,7 +30,7 @@ class AttentionLayer:
     name : str
         The node's name.
     heads, kv_heads : int
-        Query heads, and heads of K and V.
+        Query heads, and heads of K and V. 0 query heads: the attention was not looked at.
     head_dim : int
         Values per head.
     local_window : int
@@ -41,6 +41,8 @@ class AttentionLayer:
         Names of the cache's inputs and outputs in the graph; empty where the model is rewritten.
     dtype : str
         The type of its past: float32 or float16.
+    form : str
+        How the graph writes this layer's attention: an operator's name or "decomposed".
     """
 
     name: str
@@ -53,6 +55,7 @@ class AttentionLayer:
     present_key: str = ""
     present_value: str = ""
     dtype: str = "float32"
+    form: str = "GroupQueryAttention"
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +150,8 @@ class ModelLayout:
         What the configuration calls it.
     kind : str
         As in `Place`.
+    refused : str
+        Why inferos' attention cannot take the place of the model's own; the model runs as exported only.
     external_data : tuple of pathlib.Path
     """
 
@@ -171,6 +176,7 @@ class ModelLayout:
     shared_buffers: bool = True
     model_type: str = ""
     kind: str = "onnxruntime-genai"
+    refused: str = ""
     external_data: tuple[Path, ...] = field(default=(), repr=False)
 
     def tokens_per_run(self, most: int, *, keep_all: bool) -> int:
