@@ -17,10 +17,9 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import onnx
 from onnx import TensorProto, helper
@@ -36,9 +35,9 @@ from inferos.runtime._graph import (
     attention_nodes,
     external_files,
     load_graph,
-    subgraphs,
     tensor_shape,
 )
+from inferos.runtime._surgery import MASK_LENGTHS, MASK_TOTAL, Surgery, drop_dead, keep, tensors_alive
 from inferos.runtime.layout import (
     CONFIG_NAME,
     HANDLE_INPUT,
@@ -52,10 +51,10 @@ from inferos.runtime.layout import (
 __all__ = ["RewriteReport", "rewrite", "rewrite_in_place", "rewrite_model"]
 
 _LENGTHS, _TOTAL = 3, 4  # positions of the lengths among our op's inputs
-_STOCK_LENGTHS, _STOCK_TOTAL = 5, 6  # ... and among GroupQueryAttention's
 _VERSION = "1"  # of the rewritten form; part of the marker, so that a newer inferos writes a folder again
 _VERSION_KEY = "inferos.rewrite"
 _LAYERS_KEY = "inferos.layers"
+SHARED_POSITIONS_KEY = "inferos.shared_positions"  # metadata: all rows of a run have the same length
 _MARKER = "inferos_rewrite.json"
 # Files beside the model that a loader or a tokenizer reads.
 _COPIED_SUFFIXES = frozenset({".jinja", ".json", ".md", ".model", ".spm", ".tiktoken", ".txt"})
@@ -134,43 +133,58 @@ def rewrite_in_place(model: onnx.ModelProto, *, head_dim: int | None = None, sca
     _check_names(
         model.graph, ({HANDLE_INPUT} if stock else set()) | ({LENGTHS_INPUT, TOTAL_INPUT} if lengths else set())
     )
-    if lengths:
-        _check_lengths(nodes, *((_STOCK_LENGTHS, _STOCK_TOTAL) if stock else (_LENGTHS, _TOTAL)))
-    alive = _alive(model.graph)
+    graph = model.graph
+    alive = tensors_alive(list(graph.node), (value.name for value in graph.output))
     if stock:
-        _replace_attention(model, nodes)
+        _replace_attention(model, nodes, lengths=lengths)
+    else:
+        _check_lengths([(node.name, list(node.node.input[_LENGTHS : _TOTAL + 1])) for node in nodes])
+        _rename_lengths(graph)
     if lengths:
-        _replace_lengths(model.graph, nodes)
-    _drop_dead(model.graph, alive)
+        _add_lengths(graph)
+    drop_dead(graph, alive)
     return True
 
 
-def _replace_attention(model: onnx.ModelProto, nodes: tuple[AttentionNode, ...]) -> None:
-    for layer, node in enumerate(nodes):
-        _replace(node, layer)
+def _replace_attention(model: onnx.ModelProto, nodes: tuple[AttentionNode, ...], *, lengths: bool) -> None:
+    graph = model.graph
+    _check_lengths([(n.name, [n.call.lengths, n.call.total]) for n in nodes if n.call is not None])
+    surgery = Surgery(model, nodes, *((LENGTHS_INPUT, TOTAL_INPUT) if lengths else ("", "")))
+    made = [onnx.NodeProto.FromString(node.SerializeToString()) for node in surgery.nodes]
+    del graph.node[:]
+    graph.node.extend(made)
+    left = {name for node in made for name in node.input}
+    graph.initializer.extend(tensor for tensor in surgery.constants if tensor.name in left)
     presents = {name for node in nodes for name in (node.present_key, node.present_value)}
-    _keep(model.graph.output, lambda value: value.name not in presents)
-    model.graph.input.append(helper.make_tensor_value_info(HANDLE_INPUT, TensorProto.INT64, [_batch(model.graph)]))
+    keep(graph.output, lambda value: value.name not in presents)
+    graph.input.append(helper.make_tensor_value_info(HANDLE_INPUT, TensorProto.INT64, [_batch(graph)]))
     if not any(opset.domain == OUR_DOMAIN for opset in model.opset_import):
         model.opset_import.append(helper.make_opsetid(OUR_DOMAIN, 1))
-    _add_metadata(model, nodes)
+    _add_metadata(model, nodes, shared_positions=surgery.shared_positions)
 
 
-def _replace_lengths(graph: onnx.GraphProto, nodes: tuple[AttentionNode, ...]) -> None:
-    for node in nodes:
-        node.node.input[_LENGTHS], node.node.input[_TOTAL] = LENGTHS_INPUT, TOTAL_INPUT
+def _add_lengths(graph: onnx.GraphProto) -> None:
     graph.input.extend([
         helper.make_tensor_value_info(LENGTHS_INPUT, TensorProto.INT32, [_batch(graph)]),
         helper.make_tensor_value_info(TOTAL_INPUT, TensorProto.INT32, []),
     ])  # fmt: skip
 
 
-def _check_lengths(nodes: tuple[AttentionNode, ...], *places: int) -> None:
+def _rename_lengths(graph: onnx.GraphProto) -> None:
+    """Lengths out of a mask become inputs."""
+    for node in graph.node:
+        if node.domain == OUR_DOMAIN and node.op_type == OUR_OP:
+            node.input[_LENGTHS], node.input[_TOTAL] = LENGTHS_INPUT, TOTAL_INPUT
+        for at, name in enumerate(node.input):
+            if name in (MASK_LENGTHS, MASK_TOTAL):
+                node.input[at] = LENGTHS_INPUT if name == MASK_LENGTHS else TOTAL_INPUT
+
+
+def _check_lengths(lengths: list[tuple[str, list[str]]]) -> None:
     """One pair of lengths serves all layers only if all layers had the same."""
-    first = [nodes[0].node.input[at] for at in places]
-    for node in nodes:
-        if [node.node.input[at] for at in places] != first:
-            raise UnsupportedError(f"node {node.name!r}: its lengths (seqlens_k, total) are not the first layer's")
+    for name, own in lengths:
+        if own != lengths[0][1]:
+            raise UnsupportedError(f"node {name!r}: its lengths (seqlens_k, total) are not the first layer's")
 
 
 def _check_names(graph: onnx.GraphProto, ours: set[str]) -> None:
@@ -182,80 +196,20 @@ def _check_names(graph: onnx.GraphProto, ours: set[str]) -> None:
         raise ModelError(f"rewrite_model: the graph already has a tensor {clash[0]!r}")
 
 
-def _replace(found: AttentionNode, layer: int) -> None:
-    node = found.node
-    inputs = [*node.input, *[""] * 10][:10]
-    query, key, value, _, _, lengths, total, cosine, sine, positions = inputs
-    kept = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-    del node.input[:]
-    node.input.extend([query, key, value, lengths, total, cosine, sine, positions, HANDLE_INPUT])
-    del node.output[1:]
-    del node.attribute[:]
-    node.attribute.extend(
-        helper.make_attribute(name, number)
-        for name, number in {
-            "layer": layer,
-            "num_heads": found.heads,
-            "kv_num_heads": found.kv_heads,
-            "head_dim": found.head_dim,
-            "scale": float(kept.get("scale", 0.0)),
-            "softcap": float(kept.get("softcap", 0.0)),
-            "do_rotary": int(kept.get("do_rotary", 0)),
-            "rotary_interleaved": int(kept.get("rotary_interleaved", 0)),
-            "local_window_size": found.window,
-        }.items()
-    )
-    node.op_type, node.domain = OUR_OP, OUR_DOMAIN
-
-
-def _uses(node: onnx.NodeProto) -> set[str]:
-    """Every tensor a node reads, those its bodies take from outside included."""
-    names = set(node.input)
-    for body in subgraphs(node):
-        inner = {name for child in body.node for name in _uses(child)} | {value.name for value in body.output}
-        names |= inner - {name for child in body.node for name in child.output}
-    return names - {""}
-
-
-def _alive(graph: onnx.GraphProto) -> set[str]:
-    """Tensors that some output depends on."""
-    alive = {value.name for value in graph.output}
-    for node in reversed(graph.node):  # a valid graph is sorted: readers come after writers
-        if alive & set(node.output):
-            alive |= _uses(node)
-    return alive
-
-
-def _keep(field: Any, wanted: Callable[[Any], bool]) -> None:
-    """Filter a repeated protobuf field in place."""
-    kept = [item for item in field if wanted(item)]
-    del field[:]
-    field.extend(kept)
-
-
-def _drop_dead(graph: onnx.GraphProto, alive_before: set[str]) -> None:
-    """Remove what the rewrite orphaned; what was unused before stays as the export had it."""
-    alive = _alive(graph)
-    dead = alive_before - alive
-    _keep(graph.node, lambda node: not dead & set(node.output) or bool(alive & set(node.output)))
-    for field in (graph.input, graph.initializer, graph.value_info):
-        _keep(field, lambda item: item.name not in dead)
-    left = {name for node in graph.node for name in (*node.input, *node.output)}
-    _keep(graph.value_info, lambda item: item.name in left)
-
-
 def _batch(graph: onnx.GraphProto) -> int | str | None:
     """The batch extent, as the graph's token ids have it."""
     shapes = (tensor_shape(value) for value in graph.input)
     return next((shape[0] for shape in shapes if len(shape) == 2), "batch_size")
 
 
-def _add_metadata(model: onnx.ModelProto, nodes: Iterable[AttentionNode]) -> None:
+def _add_metadata(model: onnx.ModelProto, nodes: Iterable[AttentionNode], *, shared_positions: bool) -> None:
     layers = [
         {"name": n.name, "kv_heads": n.kv_heads, "head_dim": n.head_dim, "local_window_size": n.window} for n in nodes
     ]
     entries = {_VERSION_KEY: _VERSION, DTYPE_KEY: next(iter(nodes)).dtype, _LAYERS_KEY: json.dumps(layers)}
-    _keep(model.metadata_props, lambda entry: entry.key not in entries)
+    if shared_positions:
+        entries[SHARED_POSITIONS_KEY] = "1"
+    keep(model.metadata_props, lambda entry: entry.key not in entries)
     for key, value in entries.items():
         model.metadata_props.add(key=key, value=value)
 
