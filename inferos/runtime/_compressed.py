@@ -179,7 +179,7 @@ class _Step:
         if layout.position_ids:
             feeds[layout.position_ids] = past[:, None] + np.arange(ids.shape[1])
         if layout.logits_to_keep:
-            feeds[layout.logits_to_keep] = np.array(0 if keep_all else 1)
+            feeds[layout.logits_to_keep] = np.array(0 if self._keep_all else 1)
         if layout.attention_mask in engine.types:  # something besides attention reads it
             feeds[layout.attention_mask] = np.arange(totals.max()) < totals[:, None]
         return feeds

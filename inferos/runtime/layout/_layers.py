@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import onnx
 
 from inferos.errors import UnsupportedError
-from inferos.runtime._graph import AttentionNode, attention_nodes, subgraphs
+from inferos.runtime._graph import AttentionNode, attention_nodes
+from inferos.runtime.forms import subgraphs
 from inferos.runtime.layout._pasts import named_pasts
 from inferos.runtime.layout._types import AttentionLayer
 
@@ -73,7 +74,7 @@ def _layer(node: AttentionNode) -> AttentionLayer:
         present_key=node.present_key,
         present_value=node.present_value,
         dtype=node.dtype,
-        form=node.node.op_type,
+        form=node.form,
     )
 
 
@@ -99,8 +100,7 @@ def _positions(graph: onnx.GraphProto, nodes: tuple[AttentionNode, ...]) -> int 
 
 def _tables(node: AttentionNode) -> list[str]:
     """The names of cos_cache and sin_cache, where this attention rotates."""
-    first = 5 if node.rewritten else 7
-    return list(node.node.input[first : first + 2]) if node.rewritten or node.node.op_type == _STOCK_OP else []
+    return list(node.node.input[5:7]) if node.call is None else [node.call.cosine, node.call.sine]
 
 
 def shares_buffers(graph: onnx.GraphProto, wanted: set[str]) -> bool:
