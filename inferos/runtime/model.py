@@ -51,26 +51,26 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 def resolve_model(model: str | Path) -> Path:
-    """The folder a MODEL argument stands for.
+    """The folder or the ONNX file a MODEL argument stands for.
 
     Parameters
     ----------
     model : str or Path
-        "reference" is the embedded model, built on first use; anything else is the path of a folder.
+        "reference" is the embedded model, built on first use; anything else is the path of a folder or an ONNX file.
 
     Raises
     ------
     ModelError
-        If it is no folder.
+        If it is neither.
     """
     if model == "reference":
         from inferos.runtime.reference import reference_folder
 
         return reference_folder()
     path = Path(model).expanduser()
-    if not path.is_dir():
+    if not path.is_dir() and not (path.is_file() and path.suffix == ".onnx"):
         what = "a file" if path.exists() else "not there"
-        raise ModelError(f"model: {str(model)!r} is {what}; wanted a model's folder, or reference")
+        raise ModelError(f"model: {str(model)!r} is {what}; wanted a model's folder, an ONNX file, or reference")
     return path
 
 
@@ -88,7 +88,8 @@ def load(
     Parameters
     ----------
     model : str or Path
-        A folder of an onnxruntime-genai model, as exported or rewritten; "reference" is the embedded one.
+        A folder of onnxruntime-genai, optimum or transformers.js, or one ONNX file, as exported or rewritten;
+        "reference" is the embedded model.
     kv : str
         What older tokens are kept in: f16, int8, k8v4 or int4; auto leaves it to the policy; off is ONNX Runtime's
         own uncompressed cache.
@@ -111,7 +112,8 @@ def load(
     ConfigError
         If an option is unknown or out of range.
     ModelError, UnsupportedError
-        If the folder holds no usable decoder model, or one whose attention cannot be rewritten.
+        If there is no usable decoder model, or one whose attention cannot be rewritten; `kv="off"` takes any attention
+        whose past it can feed.
     """
     from inferos.runtime.layout import read_layout
     from inferos.runtime.session import open_by_policy
@@ -119,7 +121,7 @@ def load(
     rules = load_policy(policy)
     word = check_kv(kv)
     budget = None if budget_bytes is None else parse_size(budget_bytes)
-    layout = read_layout(resolve_model(model))
+    layout = read_layout(resolve_model(model), stock=word == "off")
     session = open_by_policy(
         layout,
         word,
@@ -406,14 +408,19 @@ class Model:
     @cached_property
     def _search(self) -> dict[str, Any]:
         """The folder's search defaults, if they ask for sampling."""
-        found = read_json(self.folder / "genai_config.json").get("search") if self.folder is not None else None
+        found: object = None
+        file = "genai_config.json: search."
+        if self.folder is not None:
+            found = read_json(self.folder / "genai_config.json").get("search")
+            if found is None:
+                file, found = "generation_config.json: ", read_json(self.folder / "generation_config.json")
         if not isinstance(found, dict) or found.get("do_sample") is not True:
             return {}
         wanted = {name: found[name] for name in _SAMPLING if found.get(name) is not None}
         try:
             SamplingOptions(**wanted)
         except ConfigError as error:
-            raise ModelError(f"genai_config.json: search.{error}") from error
+            raise ModelError(f"{file}{error}") from error
         return {"temperature": 1.0, **wanted}
 
     def _prepare(

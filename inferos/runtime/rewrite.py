@@ -1,5 +1,7 @@
 """From stock attention to inferos': a decoder's graph without past and present.
 
+Of a decoder that chooses between a branch without and one with past, the branch with past is all that is left.
+
 Every GroupQueryAttention node becomes ``inferos::CompressedAttention`` with its own ``layer``. The cache's inputs and
 outputs go; ``inferos_handle`` (int64, one per row) names each row's cache. A folder keeps attention_mask, so that any
 host that runs the export runs the rewritten model with one more input. In our own sessions two small inputs take the
@@ -24,6 +26,7 @@ from onnx import TensorProto, helper
 
 from inferos.errors import ConfigError, ModelError, UnsupportedError
 from inferos.kv import library_path
+from inferos.runtime._branches import branch_input, inline_branch
 from inferos.runtime._graph import (
     DTYPE_KEY,
     OUR_DOMAIN,
@@ -119,7 +122,13 @@ def rewrite_model(
 
 
 def rewrite_in_place(model: onnx.ModelProto, *, head_dim: int | None = None, scalar_lengths: bool = True) -> bool:
-    """As `rewrite_model`, on a model that nobody else uses; whether anything changed. Where it raises, nothing did."""
+    """As `rewrite_model`, on a model that nobody else uses; whether anything changed.
+
+    Where it raises, at most the choice between two branches was made.
+    """
+    branch = branch_input(model.graph)
+    if branch:
+        inline_branch(model.graph, branch)
     nodes = attention_nodes(model, head_dim)
     stock = not nodes[0].rewritten
     lengths = scalar_lengths and LENGTHS_INPUT not in {value.name for value in model.graph.input}
@@ -214,14 +223,15 @@ def rewrite(folder: str | Path, out: str | Path | None = None, *, host: str | No
 
     Whatever ran the export runs the result: the inputs are the same but for the past, and one more, ``inferos_handle``
     (`inferos.KVCache.handle`, int64, one per row). onnxruntime finds the op by `inferos.register`, onnxruntime-genai by
-    the folder's own genai_config.json, which names a link to libinferos beside it.
+    the folder's own genai_config.json, if it has one, which names a link to libinferos beside it.
 
     Parameters
     ----------
     folder : path
-        An onnxruntime-genai folder with GroupQueryAttention.
+        A model as `inferos.runtime.layout.read_layout` takes it. Of several variants only the one that it chooses is
+        rewritten; the path of an ONNX file chooses another.
     out : path, optional
-        Where to write; default is `folder` with "-inferos" appended. A folder written by an earlier rewrite of
+        Where to write; default is the model's folder with "-inferos" appended. A folder written by an earlier rewrite of
         another state of the model, or for another build of inferos, is replaced; anything else there is left alone
         and refused.
     host : {"genai"}, optional
@@ -329,31 +339,41 @@ def _swap(new: Path, target: Path, old: Path) -> None:
 def _fill(
     layout: ModelLayout, folder: Path, marker: dict[str, str], host: str | None
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    folder.mkdir()
+    graphs = folder / layout.model_path.parent.relative_to(layout.folder)
+    graphs.mkdir(parents=True)
     model = load_graph(layout.model_path)
     rewrite_in_place(model, head_dim=layout.layers[0].head_dim, scalar_lengths=False)
-    (folder / layout.model_path.name).write_bytes(model.SerializeToString())
+    (graphs / layout.model_path.name).write_bytes(model.SerializeToString())
     linked: list[str] = []
     copied: list[str] = []
     for path in external_files(model, layout.model_path.parent):
-        name = path.relative_to(layout.model_path.parent)
+        name = path.relative_to(layout.folder)
         (linked if _link_or_copy(path, folder / name) else copied).append(str(name))
     for path in sorted(layout.folder.iterdir()):
-        if path.suffix.lower() in _COPIED_SUFFIXES and path.is_file() and not (folder / path.name).exists():
+        known = path.suffix.lower() in _COPIED_SUFFIXES
+        if layout.kind == "file":  # without a configuration it is anybody's folder
+            known = known and path.name.startswith(("chat_template.", "tokenizer"))
+        if known and path.is_file() and not (folder / path.name).exists():
             shutil.copyfile(path, folder / path.name)
             copied.append(path.name)
-    if _offer_to_genai(folder, required=host == "genai"):
+    if _offer_to_genai(folder, layout, required=host == "genai"):
         linked.append(library_path().name)
     (folder / _MARKER).write_text(json.dumps(marker, indent=1), "utf-8")
     return tuple(linked), tuple(copied)
 
 
-def _offer_to_genai(folder: Path, *, required: bool) -> bool:
-    """Let onnxruntime-genai find the op; whether it can."""
+def _offer_to_genai(folder: Path, layout: ModelLayout, *, required: bool) -> bool:
+    """Let onnxruntime-genai find the model and the op; whether it can."""
+    if layout.kind != "onnxruntime-genai":
+        if required:
+            raise ModelError(f"rewrite: {layout.folder} has no {CONFIG_NAME}, without which onnxruntime-genai loads nothing")
+        return False
     library = library_path()
     path = folder / CONFIG_NAME
     config = json.loads(path.read_text("utf-8"))
-    options = config["model"]["decoder"].setdefault("session_options", {})
+    decoder = config["model"]["decoder"]
+    decoder["filename"] = layout.model_path.name
+    options = decoder.setdefault("session_options", {})
     theirs = options.get("custom_ops_library", library.name)
     if theirs != library.name:
         problem = f"{CONFIG_NAME} names {theirs!r} as its custom_ops_library, and onnxruntime-genai loads one"
