@@ -366,7 +366,9 @@ def _offer_to_genai(folder: Path, layout: ModelLayout, *, required: bool) -> boo
     """Let onnxruntime-genai find the model and the op; whether it can."""
     if layout.kind != "onnxruntime-genai":
         if required:
-            raise ModelError(f"rewrite: {layout.folder} has no {CONFIG_NAME}, without which onnxruntime-genai loads nothing")
+            raise ModelError(
+                f"rewrite: {layout.folder} has no {CONFIG_NAME}, without which onnxruntime-genai loads nothing"
+            )
         return False
     library = library_path()
     path = folder / CONFIG_NAME
