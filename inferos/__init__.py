@@ -27,6 +27,7 @@ if _typing.TYPE_CHECKING:
     from inferos.quality.monitor import QualityMonitor
     from inferos.quality.scheduler import QualityScheduler
     from inferos.runtime.conversation import Conversation
+    from inferos.runtime.failover import BackoffStrategy, FallbackReason, RobustFallbackManager
     from inferos.runtime.generate import Generation
     from inferos.runtime.metrics import FTLMeasurement, MetricsCalculator
     from inferos.runtime.model import Model, load
@@ -39,10 +40,12 @@ if _typing.TYPE_CHECKING:
 
 __all__ = [
     "Arena",
+    "BackoffStrategy",
     "Conversation",
     "DeviceCapabilityChecker",
     "DeviceManager",
     "FTLMeasurement",
+    "FallbackReason",
     "Generation",
     "ImportanceCalculator",
     "InferosError",
@@ -56,6 +59,7 @@ __all__ = [
     "QualityMonitor",
     "QualityScheduler",
     "QuantizationLevel",
+    "RobustFallbackManager",
     "SamplingOptions",
     "Token",
     "errors",
@@ -70,10 +74,12 @@ __all__ = [
 # Public name -> the module that defines it.
 _HOMES = {
     "Arena": "inferos.kv",
+    "BackoffStrategy": "inferos.runtime.failover",
     "Conversation": "inferos.runtime.conversation",
     "DeviceCapabilityChecker": "inferos.devices.capability",
     "DeviceManager": "inferos.devices.manager",
     "FTLMeasurement": "inferos.runtime.metrics",
+    "FallbackReason": "inferos.runtime.failover",
     "Generation": "inferos.runtime.generate",
     "ImportanceCalculator": "inferos.kv.importance",
     "KVCache": "inferos.kv",
@@ -86,6 +92,7 @@ _HOMES = {
     "QualityMonitor": "inferos.quality.monitor",
     "QualityScheduler": "inferos.quality.scheduler",
     "QuantizationLevel": "inferos.kv.engine",
+    "RobustFallbackManager": "inferos.runtime.failover",
     "SamplingOptions": "inferos.runtime.sampler",
     "Token": "inferos.runtime.stop_texts",
     "get_num_threads": "inferos.kv",
