@@ -131,5 +131,5 @@ def _device_notes(requested: Mapping[str, Any], placement: Placement | None) -> 
     return [
         f"scheduler.{name}: cpu (requested {value}: this session runs on the CPU provider)"
         for name, value in requested.get("scheduler", {}).items()
-        if name.endswith("_device") and value not in ("cpu", "auto")
+        if value not in ("cpu", "auto", "hybrid")
     ]
