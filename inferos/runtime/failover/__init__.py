@@ -16,21 +16,21 @@ from inferos.runtime.failover.reasons import REASONS, BackoffStrategy, FallbackR
 from inferos.runtime.failover.table import DEVICE_ORDER, RETRY_SECONDS, TABLE, Signals
 
 __all__ = [
-    "DEVICE_ORDER",
-    "MEMORY_STEPS",
-    "REASONS",
-    "RETRY_SECONDS",
-    "TABLE",
     "BackoffStrategy",
+    "DEVICE_ORDER",
     "EngineHealth",
     "EngineState",
     "Failover",
     "FallbackReason",
+    "MEMORY_STEPS",
     "MemoryTarget",
     "Notification",
     "PolicyTarget",
     "QualityLadder",
+    "REASONS",
+    "RETRY_SECONDS",
     "RobustFallbackManager",
     "Signals",
     "StepResult",
+    "TABLE",
 ]

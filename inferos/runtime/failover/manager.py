@@ -18,13 +18,13 @@ from inferos.runtime.failover.reasons import REASONS, BackoffStrategy, FallbackR
 from inferos.runtime.failover.table import DEVICE_ORDER, TABLE, Rule, Signals
 
 __all__ = [
-    "MAX_FALLBACKS",
-    "WINDOW_SECONDS",
     "Failover",
+    "MAX_FALLBACKS",
     "Notification",
     "QualityLadder",
     "QualityMove",
     "RobustFallbackManager",
+    "WINDOW_SECONDS",
     "log_notification",
 ]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from inferos.errors import ConfigError
 
-__all__ = ["REASONS", "BackoffStrategy", "FallbackReason", "ReasonRules"]
+__all__ = ["BackoffStrategy", "FallbackReason", "REASONS", "ReasonRules"]
 
 
 class FallbackReason(enum.Enum):

@@ -23,14 +23,14 @@ _Logits = npt.NDArray[Any]
 
 
 class Step(Protocol):
-    """One step of one or several sequences, which can be run again as long as nothing was committed."""
+    """One step of one or several sequences. Run again, it drops what an earlier run left open: nothing is committed."""
 
     def feeds(self, engine: Engine) -> dict[str, npt.NDArray[Any]]:
         """What the engine is to be fed now."""
         ...
 
-    def failed(self, error: Exception) -> Exception:
-        """Roll back all rows; the typed error. A ProviderError may go away on another engine."""
+    def typed(self, error: Exception) -> Exception:
+        """What a run raised, as it is to be told. A ProviderError may go away on another engine."""
         ...
 
     def forsaken(self) -> None:
@@ -75,7 +75,7 @@ class StepFailover:
                     left.append((engine, timeout))
                     last = timeout
                 except ORT_ERRORS as error:
-                    last = step.failed(error)
+                    last = step.typed(error)
                     if not isinstance(last, ProviderError):
                         raise last from error
                     left.append((engine, None))

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from inferos.runtime.failover.reasons import FallbackReason
 
-__all__ = ["DEVICE_ORDER", "RETRY_SECONDS", "TABLE", "Bound", "Rule", "Signals"]
+__all__ = ["Bound", "DEVICE_ORDER", "RETRY_SECONDS", "Rule", "Signals", "TABLE"]
 
 DEVICE_ORDER = ("npu", "dml", "cpu")
 """Where work goes when a device fails: to the next one."""
