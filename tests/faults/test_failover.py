@@ -14,7 +14,7 @@ from fakes import PassingEngine
 from models import Tiny, tiny_folder, token_ids
 from test_step_faults import CutModel
 
-from inferos.errors import BudgetError, ClosedError, ProviderError
+from inferos.errors import ProviderError
 from inferos.kv import Arena
 from inferos.runtime._compressed import CompressedSession
 from inferos.runtime._ort import ORT_ERRORS
