@@ -14,7 +14,7 @@ from fakes import PassingEngine
 from models import Tiny, tiny_folder, token_ids
 from test_step_faults import CutModel
 
-from inferos.errors import ProviderError
+from inferos.errors import BudgetError, ClosedError, ProviderError
 from inferos.kv import Arena
 from inferos.runtime._compressed import CompressedSession
 from inferos.runtime._ort import ORT_ERRORS
@@ -168,11 +168,13 @@ def let_go_after(engines: Sequence[FaultyEngine]) -> Iterator[None]:
             engine.let_go.set()
 
 
-def stream(session: CompressedSession, *, after_token: Any = lambda _count: None) -> list[tuple[int, float]]:
-    """A sampled text: a token that was fed or drawn twice would change all that follow."""
-    model = Model(session, prefill_chunk=CHUNK)
+def stream(session: CompressedSession, role: str, *, after_token: Any = lambda _count: None) -> list[tuple[int, float]]:
+    """A sampled text of `STEPS` steps of a role: a token that was fed or drawn twice would change all that follow."""
+    chunk, tokens = (CHUNK, 9) if role == "prefill" else (len(PROMPT), STEPS + 1)
+    session.prefill_chunk = chunk
+    model = Model(session, prefill_chunk=chunk)
     found = []
-    for token in model.generate(PROMPT, STEPS + 1, temperature=0.9, seed=7, ignore_eos=True):
+    for token in model.generate(PROMPT, tokens, temperature=0.9, seed=7, ignore_eos=True):
         found.append((token.id, token.logprob))
         after_token(len(found))
     return found
@@ -191,7 +193,7 @@ def check_fault(bench: Bench, kv: str, role: str, how: str, when: str, k: int, t
                 engine.let_go.set()
 
     with let_go_after(engines):
-        assert stream(session, after_token=late) == wanted, f"{kv}, {role}, {how} {when}, run {k}"
+        assert stream(session, role, after_token=late) == wanted, f"{kv}, {role}, {how} {when}, run {k}"
     # Every chunk or token once, and the failed one once more for each engine that failed it.
     shape = (1, CHUNK if role == "prefill" else 1)
     assert [len(engine.runs) for engine in engines] == expected_runs(k, times)
@@ -229,7 +231,7 @@ def test_a_fault_in_any_step_leaves_the_stream_as_it_is(
     bench: Bench, role: str, how: str, times: int, when: str
 ) -> None:
     for kv in ("int8", "auto") if when == WHEN[1] else ("int8",):
-        wanted = stream(bench.undisturbed(kv))
+        wanted = stream(bench.undisturbed(kv), role)
         for k in PLACES:
             check_fault(bench, kv, role, how, when, k, times, wanted)
 
