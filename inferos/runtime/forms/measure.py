@@ -24,7 +24,7 @@ __all__ = ["Sizes", "case_of", "measure_window", "verify"]
 _CASES = ((1, 0, 1), (1, 0, 6), (1, 3, 1), (1, 3, 4), (2, 0, 5), (2, 4, 1))
 _PADDED = 3  # tokens of the second row
 _USUAL = (16, 64, 256, 1024, 4096, 16384, 65536)  # tokens of context
-_LONGEST = 1 << 20
+_LONGEST = 1 << 18
 _HIDDEN = -9000.0  # a score this far below the largest has no share; old exports write -10000
 _ALIKE = 1e-3
 # Relative error of float32 and float16 sums over a few dozen values of about 1.
@@ -48,6 +48,10 @@ Attend = Callable[[Case, Array, Array, Array, int], Array]
 
 def case_of(index: GraphIndex, rows: int, past: int, new: int, *, padded: bool = False) -> Case:
     """The graph's inputs for `new` tokens behind `past` ones; with `padded`, the second row is shorter."""
+    key = (rows, past, new, padded)
+    if key in index.cases:
+        known_case: Case = index.cases[key]
+        return known_case
     mask = np.ones((rows, past + new), np.int64)
     if padded:
         mask[1, _PADDED:] = 0
@@ -68,7 +72,8 @@ def case_of(index: GraphIndex, rows: int, past: int, new: int, *, padded: bool =
             inputs[name] = known[name].astype(np.int32) if kind == 6 else known[name]
         elif len(shape) > 2:
             inputs[name] = Unknown(kind, tuple(_extents(shape, symbols, rows, past, new)))
-    return Case(index, inputs)
+    case = index.cases[key] = Case(index, inputs)
+    return case
 
 
 def _symbols(index: GraphIndex, rows: int, past: int, new: int) -> dict[str, int]:
