@@ -70,3 +70,26 @@ def merged_model(tiny: Tiny) -> onnx.ModelProto:
     merged.graph.node.append(choice)
     merged.graph.input.append(flag)
     return merged
+
+
+def outside_rotary_model(tiny: Tiny) -> onnx.ModelProto:
+    """The decoder as the DirectML builder writes it: RotaryEmbedding fed by position_ids in front of GroupQueryAttention."""
+    model = tiny_model(tiny.but(rotary=True, position_ids=True, packed=False))
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        if node.op_type == "GroupQueryAttention":
+            for at, heads in ((0, tiny.heads), (1, tiny.kv_heads)):
+                name = f"{node.input[at]}.rotated"
+                inputs = [node.input[at], "position_ids", "cos_cache", "sin_cache"]
+                nodes.append(
+                    helper.make_node(
+                        "RotaryEmbedding", inputs, [name], name=name, domain="com.microsoft", num_heads=heads
+                    )
+                )
+                node.input[at] = name
+            del node.input[7:]
+            next(attribute for attribute in node.attribute if attribute.name == "do_rotary").i = 0
+        nodes.append(onnx.NodeProto.FromString(node.SerializeToString()))
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return model
