@@ -11,7 +11,7 @@ from onnx import TensorProto
 from inferos.errors import ModelError, UnsupportedError
 from inferos.runtime.forms.graph import GraphIndex
 
-__all__ = ["DTYPES", "AttentionNode", "Call", "Form", "OUR_DOMAIN", "OUR_OP", "call_of", "check_heads", "graph_cache"]
+__all__ = ["AttentionNode", "Call", "DTYPES", "Form", "OUR_DOMAIN", "OUR_OP", "call_of", "check_heads", "graph_cache"]
 
 OUR_OP = "CompressedAttention"
 OUR_DOMAIN = "inferos"

@@ -8,7 +8,7 @@ from inferos.errors import ModelError
 from inferos.runtime.forms.base import DTYPES, OUR_DOMAIN, OUR_OP, AttentionNode, check_heads
 from inferos.runtime.forms.graph import GraphIndex, attributes, node_name
 
-__all__ = ["DTYPE_KEY", "Compressed"]
+__all__ = ["Compressed", "DTYPE_KEY"]
 
 DTYPE_KEY = "inferos.dtype"  # metadata of a rewritten model: the type its past and present had
 
