@@ -41,7 +41,7 @@ def e2e(
         str | None,
         typer.Option("--context", metavar="LIST", help="Tokens.  [default: 128 to 32768, as far as the model goes]"),
     ] = None,
-    batch: Annotated[str, typer.Option("--batch", metavar="LIST", help="Rows decoded together.")] = "1",
+    batch: Annotated[str, typer.Option("--batch", "--batch-size", metavar="LIST", help="Rows decoded together.")] = "1",
     modes: Annotated[
         str | None, typer.Option("--compare-modes", metavar="LIST", help="baseline, inferos.  [default: both]")
     ] = None,
@@ -74,9 +74,9 @@ def e2e(
     _Job(layout, name, plan, scale).run(json_path)
 
 
-def benchmark(model: str, *, kv: str | None, threads: int, json_path: Path | None) -> None:
+def benchmark(model: str, *, kv: str | None, threads: int, batch: str, json_path: Path | None) -> None:
     """`inferos run --benchmark`: the same, with the defaults for what `run` does not know."""
-    e2e(model, kv=kv, threads=threads or 1, json_path=json_path)
+    e2e(model, kv=kv, threads=threads or 1, batch=batch, json_path=json_path)
 
 
 def _layout(name: str) -> ModelLayout:

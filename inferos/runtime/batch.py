@@ -22,6 +22,7 @@ from inferos.runtime.generate import Generation
 from inferos.runtime.prompts import DEFAULT_MAX_TOKENS, GenerateOptions, Prompt
 from inferos.runtime.protocols import DecoderSession, Float32
 from inferos.runtime.run import Run
+from inferos.runtime.sampler import MAX_SEED
 from inferos.runtime.stop_texts import Token
 
 if TYPE_CHECKING:
@@ -402,6 +403,22 @@ class Batch:
         self._rows.append(row)
         self._generations.append(generation)
         return generation
+
+    def add_all(
+        self, prompts: Sequence[Prompt], max_tokens: int = DEFAULT_MAX_TOKENS, **options: Unpack[GenerateOptions]
+    ) -> None:
+        """Several rows with the same options, or none if one of them is refused; number i draws with seed + i."""
+        first = options.get("seed")
+        added = []
+        try:
+            for number, prompt in enumerate(prompts):
+                if isinstance(first, int):
+                    options["seed"] = (first + number) & MAX_SEED
+                added.append(self.add(prompt, max_tokens, **options))
+        except BaseException:
+            for row in added:
+                row.close()
+            raise
 
     def close(self) -> None:
         """End every row. Closing twice does nothing."""
