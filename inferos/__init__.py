@@ -18,6 +18,8 @@ from inferos.errors import InferosError
 
 if _typing.TYPE_CHECKING:
     from inferos.config import Policy
+    from inferos.devices.capability import DeviceCapabilityChecker
+    from inferos.devices.manager import DeviceManager
     from inferos.kv import Arena, KVCache, LayerSpec, get_num_threads, kernels, set_num_threads
     from inferos.kv.engine import KVQuantizationEngine, QuantizationLevel
     from inferos.kv.importance import ImportanceCalculator
@@ -31,7 +33,7 @@ if _typing.TYPE_CHECKING:
     from inferos.runtime.metrics import FTLMeasurement, MetricsCalculator
     from inferos.runtime.model import Model, load
     from inferos.runtime.queue import RequestQueue
-    from inferos.runtime.register import register
+    from inferos.runtime.register import new_cache, register
     from inferos.runtime.rewrite import rewrite
     from inferos.runtime.sampler import SamplingOptions
     from inferos.runtime.stop_texts import Token
@@ -43,6 +45,8 @@ __all__ = [
     "BackoffStrategy",
     "Batch",
     "Conversation",
+    "DeviceCapabilityChecker",
+    "DeviceManager",
     "FTLMeasurement",
     "FallbackReason",
     "Generation",
@@ -66,6 +70,7 @@ __all__ = [
     "get_num_threads",
     "kernels",
     "load",
+    "new_cache",
     "register",
     "rewrite",
     "set_num_threads",
@@ -77,6 +82,8 @@ _HOMES = {
     "BackoffStrategy": "inferos.runtime.failover",
     "Batch": "inferos.runtime.batch",
     "Conversation": "inferos.runtime.conversation",
+    "DeviceCapabilityChecker": "inferos.devices.capability",
+    "DeviceManager": "inferos.devices.manager",
     "FTLMeasurement": "inferos.runtime.metrics",
     "FallbackReason": "inferos.runtime.failover",
     "Generation": "inferos.runtime.generate",
@@ -97,6 +104,7 @@ _HOMES = {
     "Token": "inferos.runtime.stop_texts",
     "get_num_threads": "inferos.kv",
     "load": "inferos.runtime.model",
+    "new_cache": "inferos.runtime.register",
     "register": "inferos.runtime.register",
     "rewrite": "inferos.runtime.rewrite",
     "set_num_threads": "inferos.kv",

@@ -83,6 +83,11 @@ class Row(Run):
         """Whether it waits for one token to be fed."""
         return self.asked is not None and len(self.asked.ids) == 1 and not self.asked.all_logits
 
+    @property
+    def checks(self) -> bool:
+        """Whether it waits for a draft to be fed, after which every logit counts: a run of its own."""
+        return self.asked is not None and self.asked.all_logits
+
     def begin(self) -> None:
         """Run the loop to its first request."""
         self._go(self.steps.send, None)
@@ -239,12 +244,16 @@ class BatchDecoder:
     def _step(self) -> None:
         self._admit()
         decoding = [row for row in self._rows if row.decodes]
-        prompts = [row for row in self._rows if row.asked is not None and not row.decodes]
-        if decoding:
-            began = self.seconds()
+        checking = [row for row in self._rows if row.checks]
+        prompts = [row for row in self._rows if not row.decodes and not row.checks]
+        if decoding or checking:
+            loops = [row.loop for row in (*decoding, *checking)]
+            began, before = self.seconds(), sum(loop.decode_tokens for loop in loops)
             self._decode(decoding)
+            for row in checking:
+                row.feed_alone()
             self.decode_seconds += self.seconds() - began
-            self.decode_tokens += len(decoding)
+            self.decode_tokens += sum(loop.decode_tokens for loop in loops) - before
         self._feed_pieces(prompts)
         self.sweep()
 
@@ -256,8 +265,9 @@ class BatchDecoder:
             row.begin()
 
     def _decode(self, rows: Sequence[Row]) -> None:
-        if len(rows) == 1:
-            rows[0].feed_alone()
+        if len(rows) < 2:
+            for row in rows:
+                row.feed_alone()
             return
         ids = np.array([row.asked.ids[0] for row in rows if row.asked is not None], dtype=np.int64)
         try:
@@ -277,10 +287,10 @@ class BatchDecoder:
                 row.answer(own)
 
     def _feed_pieces(self, rows: Sequence[Row]) -> None:
-        """What is no decode step, the row that came first before the others, until the tokens of a step are spent."""
+        """Prompts, of the row that came first before the others', until the tokens of a step are spent."""
         left = self._prefill_tokens
         for row in rows:
-            while row.asked is not None and not row.decodes and left > 0:
+            while row.asked is not None and not row.decodes and not row.checks and left > 0:
                 left -= len(row.asked.ids)
                 row.feed_alone()
 
