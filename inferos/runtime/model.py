@@ -37,7 +37,7 @@ from inferos.runtime.prompts import (
 )
 from inferos.runtime.protocols import DecoderSession, FollowsRules, Ids, RequestObserver
 from inferos.runtime.run import Alone, Run
-from inferos.runtime.sampler import MAX_SEED, Sampler, SamplingOptions
+from inferos.runtime.sampler import Sampler, SamplingOptions
 from inferos.runtime.speculation import PromptLookup, SpeculationGate
 from inferos.runtime.stop_texts import check_stops
 from inferos.runtime.tokenizer import TextTokenizer, read_json
@@ -363,21 +363,14 @@ class Model:
         ClosedError
             If the model is closed.
         """
-        if not are_prompts(prompt):
-            generation = Generation(Alone(self._begin(Run, self._clock, prompt, max_tokens, **options)))  # type: ignore[arg-type]
-            self._track(generation)
-            return generation
-        batch = self.batch()
-        first = options.get("seed")
-        try:
-            for number, one in enumerate(prompt):
-                if isinstance(first, int):
-                    options["seed"] = (first + number) & MAX_SEED
-                batch.add(one, max_tokens, **options)
-        except BaseException:
-            batch.close()  # now: the traceback holds it
-            raise
-        return batch
+        if are_prompts(prompt):
+            batch = self.batch()
+            batch.add_all(prompt, max_tokens, **options)
+            return batch
+        run = self._begin(Run, self._clock, prompt, max_tokens, **options)  # type: ignore[arg-type]
+        generation = Generation(Alone(run))
+        self._track(generation)
+        return generation
 
     def batch(self, max_rows: int = MAX_ROWS) -> Batch:
         """An empty batch, to which prompts with options of their own are added, also while others decode.
