@@ -64,7 +64,7 @@ def plain_runner(layout: ModelLayout) -> Runner:
     options.enable_cpu_mem_arena = False
     options.enable_mem_pattern = False
     options.add_session_config_entry(
-        "session.model_external_initializers_file_folder_path", str(layout.folder.resolve())
+        "session.model_external_initializers_file_folder_path", str(layout.model_path.parent.resolve())
     )
     register(options)
     session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
