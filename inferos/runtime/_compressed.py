@@ -81,7 +81,7 @@ class CompressedSession:
     @property
     def trims(self) -> bool:
         """Whether a prompt gives logits for its last token only."""
-        # Of the engines only the first is asked: those behind it may not be open.
+        # Engines behind the first may not be open.
         return bool(self.layout.logits_to_keep) or self.routes.prefill[0].trims
 
     def sequence(self) -> CompressedSequence:
