@@ -72,8 +72,9 @@ class AttentionNode:
 
     ``node`` is the node that gives the result, the last one where several compute it; ``form`` names how the export
     writes attention. ``window`` is the number of positions a query sees, its own included; -1 = all. ``dtype`` is the
-    type of the past, or of what stands beside a past that is quantised. The names of past and present are empty in a
-    rewritten graph; ``call`` is None there.
+    type of the past, or of what stands beside a past that is quantised. With ``shared_positions`` the graph counts
+    positions from one length for all rows of a run. The names of past and present are empty in a rewritten graph;
+    ``call`` is None there.
     """
 
     node: onnx.NodeProto
@@ -90,6 +91,7 @@ class AttentionNode:
     present_value: str = ""
     form: str = "GroupQueryAttention"
     call: Call | None = field(default=None, repr=False)
+    shared_positions: bool = False
 
     @property
     def rewritten(self) -> bool:
