@@ -223,10 +223,7 @@ class Surgery:
             for past, present in ((found.past_key, found.present_key), (found.past_value, found.present_value)):
                 known[past] = ("inferos/batch", heads, "inferos/past", size)
                 known[present] = ("inferos/batch", heads, "inferos/total", size)
-                for at in self.index.readers.get(past, []):
-                    node = self.index.nodes[at]
-                    if node.op_type == "Concat" and node.output[0] not in known:
-                        known[node.output[0]] = known[present]
+                known.update((name, known[present]) for name in call_of(found).joined)
         return known
 
     def _answer(self, node: onnx.NodeProto, extents: tuple[str, ...]) -> onnx.NodeProto:

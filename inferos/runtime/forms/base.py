@@ -41,6 +41,8 @@ class Call:
         Element types of query, of key and value, and of the output; empty where they are one.
     before : tuple of NodeProto
         Nodes to put in front.
+    joined : tuple of str
+        Tensors that hold past and new tokens together, besides the presents.
     """
 
     query: str
@@ -58,6 +60,7 @@ class Call:
     total: str = ""
     casts: tuple[int, ...] = ()
     before: tuple[onnx.NodeProto, ...] = ()
+    joined: tuple[str, ...] = ()
 
     def reads(self) -> set[str]:
         """The export's tensors that the call needs."""

@@ -25,8 +25,7 @@ def check_readers(found: list[AttentionNode], index: GraphIndex) -> bool:
     calls = {node.call.output: node.call for node in found if node.call is not None}
     presents = {name for node in found for name in (node.present_key, node.present_value)}
     pasts = {name for node in found for name in (node.past_key, node.past_value)}
-    gone = pasts | presents
-    gone |= {n.output[0] for n in index.nodes if n.op_type == "Concat" and pasts & set(n.input)}
+    gone = pasts | presents | {name for call in calls.values() for name in call.joined}
     alive = set(index.outputs) - presents
     asked: list[onnx.NodeProto] = []
     for at in range(len(index.nodes) - 1, -1, -1):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import onnx
 
 from inferos.errors import ModelError, UnsupportedError
@@ -12,6 +14,7 @@ from inferos.runtime.forms.decomposed import Decomposed
 from inferos.runtime.forms.gqa import GroupQueryAttention
 from inferos.runtime.forms.graph import GraphIndex, subgraphs
 from inferos.runtime.forms.mha import MultiHeadAttention
+from inferos.runtime.forms.readers import check_readers
 
 __all__ = ["FORMS", "attention_nodes"]
 
@@ -63,7 +66,10 @@ def attention_nodes(model: onnx.ModelProto, head_dim: int | None = None) -> tupl
         raise UnsupportedError(f"attention_nodes: no attention with a past: {_known()} were looked for")
     nodes = [node for _, node in found]
     _check_all(nodes)
-    return tuple(nodes)
+    if nodes[0].rewritten:
+        return tuple(nodes)
+    shared = check_readers(nodes, index)
+    return tuple(replace(node, shared_positions=shared) for node in nodes)
 
 
 def _known() -> str:
