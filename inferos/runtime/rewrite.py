@@ -24,7 +24,7 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto, helper
 
-from inferos.errors import ModelError, UnsupportedError
+from inferos.errors import ConfigError, ModelError, UnsupportedError
 from inferos.kv import library_path
 from inferos.runtime._branches import branch_input, inline_branch
 from inferos.runtime._graph import (
@@ -48,7 +48,7 @@ from inferos.runtime.layout import (
     read_layout,
 )
 
-__all__ = ["RewriteReport", "rewrite", "rewrite_in_place", "rewrite_model"]
+__all__ = ["HOSTS", "RewriteReport", "rewrite", "rewrite_in_place", "rewrite_model"]
 
 _LENGTHS, _TOTAL = 3, 4  # positions of the lengths among our op's inputs
 _VERSION = "1"  # of the rewritten form; part of the marker, so that a newer inferos writes a folder again
@@ -56,6 +56,7 @@ _VERSION_KEY = "inferos.rewrite"
 _LAYERS_KEY = "inferos.layers"
 SHARED_POSITIONS_KEY = "inferos.shared_positions"  # metadata: all rows of a run have the same length
 _MARKER = "inferos_rewrite.json"
+HOSTS = ("genai",)
 # Files beside the model that a loader or a tokenizer reads.
 _COPIED_SUFFIXES = frozenset({".jinja", ".json", ".md", ".model", ".spm", ".tiktoken", ".txt"})
 
@@ -76,6 +77,8 @@ class RewriteReport:
         The attention nodes, in the order of the cache's layers.
     linked, copied : tuple of str
         Files that share their bytes on disk with the source or, as the library, with the package; and those copied.
+    library : str
+        How onnxruntime-genai finds the op in the folder: hardlink or symlink; empty where it does not.
     """
 
     source: Path
@@ -84,6 +87,7 @@ class RewriteReport:
     layers: tuple[AttentionLayer, ...]
     linked: tuple[str, ...]
     copied: tuple[str, ...]
+    library: str = ""
 
 
 def rewrite_model(
@@ -214,7 +218,7 @@ def _add_metadata(model: onnx.ModelProto, nodes: Iterable[AttentionNode], *, sha
         model.metadata_props.add(key=key, value=value)
 
 
-def rewrite(folder: str | Path, out: str | Path | None = None) -> RewriteReport:
+def rewrite(folder: str | Path, out: str | Path | None = None, *, host: str | None = None) -> RewriteReport:
     """Write a folder whose model has inferos' attention and no past or present.
 
     Whatever ran the export runs the result: the inputs are the same but for the past, and one more, ``inferos_handle``
@@ -228,7 +232,10 @@ def rewrite(folder: str | Path, out: str | Path | None = None) -> RewriteReport:
         rewritten; the path of an ONNX file chooses another.
     out : path, optional
         Where to write; default is the model's folder with "-inferos" appended. A folder written by an earlier rewrite of
-        another state of the model is replaced; anything else there is left alone and refused.
+        another state of the model, or for another build of inferos, is replaced; anything else there is left alone
+        and refused.
+    host : {"genai"}, optional
+        genai: refuse where onnxruntime-genai could not load the folder.
 
     Returns
     -------
@@ -238,33 +245,45 @@ def rewrite(folder: str | Path, out: str | Path | None = None) -> RewriteReport:
 
     Raises
     ------
+    ConfigError
+        If `host` is unknown.
     ModelError
-        As `inferos.runtime.layout.read_layout`, and where `out` holds something else or cannot be written.
+        As `inferos.runtime.layout.read_layout`, and where `out` holds something else or cannot be written; for genai
+        also where libinferos cannot be linked into it, or the model brings a custom op library of its own.
     UnsupportedError
         Naming the attention node that cannot be rewritten, and why.
     """
+    if host is not None and host not in HOSTS:
+        raise ConfigError(f"rewrite: host {host!r} is not one of {', '.join(HOSTS)}")
     layout = read_layout(folder)
     source = layout.folder.resolve()
     if layout.rewritten and out is None:
-        return RewriteReport(source, source, False, layout.layers, (), ())
+        link = _library_link(source)
+        if host is not None and not link:
+            raise ModelError(f"rewrite: {source} has no link to this libinferos; rewrite the model that it came from")
+        return RewriteReport(source, source, False, layout.layers, (), (), link)
     target = Path(out).absolute() if out is not None else source.with_name(source.name + "-inferos")
     if target.resolve() == source:
         raise ModelError(f"rewrite: {target} is the model's own folder; name another one")
     marker = _marker(layout.model_path)
     existing = _read_marker(target)
-    if existing is not None and existing == marker:
-        return RewriteReport(source, target, False, read_layout(target).layers, (), ())
+    link = _library_link(target)
+    stale = os.path.lexists(target / library_path().name) and not link
+    if existing is not None and existing == marker and (link or (host is None and not stale)):
+        return RewriteReport(source, target, False, read_layout(target).layers, (), (), link)
     if existing is None and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ModelError(f"rewrite: {target} exists and was not written by inferos; it is left alone")
-    linked, copied = _write(layout, target, marker)
-    return RewriteReport(source, target, True, read_layout(target).layers, linked, copied)
+    linked, copied = _write(layout, target, marker, host)
+    return RewriteReport(source, target, True, read_layout(target).layers, linked, copied, _library_link(target))
 
 
 def _marker(model: Path) -> dict[str, str]:
     """What makes two results the same."""
-    with model.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"schema": "inferos.rewrite/" + _VERSION, "source_sha256": digest, "library": str(library_path())}
+    digests = {}
+    for name, path in (("source_sha256", model), ("library_sha256", library_path())):
+        with path.open("rb") as file:
+            digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"schema": "inferos.rewrite/" + _VERSION, **digests, "library": str(library_path())}
 
 
 def _read_marker(folder: Path) -> object | None:
@@ -275,7 +294,20 @@ def _read_marker(folder: Path) -> object | None:
     return marker
 
 
-def _write(layout: ModelLayout, target: Path, marker: dict[str, str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _library_link(folder: Path) -> str:
+    """Hardlink or symlink: how the folder shares the package's library; empty where it does not."""
+    path = folder / library_path().name
+    try:
+        if not path.samefile(library_path()):
+            return ""
+    except OSError:
+        return ""
+    return "symlink" if path.is_symlink() else "hardlink"
+
+
+def _write(
+    layout: ModelLayout, target: Path, marker: dict[str, str], host: str | None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Write beside `target`, then rename: a reader sees the old folder, none, or the whole new one."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -283,7 +315,7 @@ def _write(layout: ModelLayout, target: Path, marker: dict[str, str]) -> tuple[t
     except OSError as error:
         raise ModelError(f"rewrite: cannot write into {target.parent}: {error}") from error
     try:
-        linked, copied = _fill(layout, scratch / "new", marker)
+        linked, copied = _fill(layout, scratch / "new", marker, host)
         _swap(scratch / "new", target, scratch / "old")
     except OSError as error:
         raise ModelError(f"rewrite: cannot write {target}: {error}") from error
@@ -304,7 +336,9 @@ def _swap(new: Path, target: Path, old: Path) -> None:
         raise
 
 
-def _fill(layout: ModelLayout, folder: Path, marker: dict[str, str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _fill(
+    layout: ModelLayout, folder: Path, marker: dict[str, str], host: str | None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     graphs = folder / layout.model_path.parent.relative_to(layout.folder)
     graphs.mkdir(parents=True)
     model = load_graph(layout.model_path)
@@ -322,29 +356,57 @@ def _fill(layout: ModelLayout, folder: Path, marker: dict[str, str]) -> tuple[tu
         if known and path.is_file() and not (folder / path.name).exists():
             shutil.copyfile(path, folder / path.name)
             copied.append(path.name)
-    if layout.kind == "onnxruntime-genai" and _link_library(folder, layout.model_path.name):
+    if _offer_to_genai(folder, layout, required=host == "genai"):
         linked.append(library_path().name)
     (folder / _MARKER).write_text(json.dumps(marker, indent=1), "utf-8")
     return tuple(linked), tuple(copied)
 
 
-def _link_library(folder: Path, model: str) -> bool:
-    """Let onnxruntime-genai find the op: it takes a library from the model's folder only.
+def _offer_to_genai(folder: Path, layout: ModelLayout, *, required: bool) -> bool:
+    """Let onnxruntime-genai find the model and the op; whether it can."""
+    if layout.kind != "onnxruntime-genai":
+        if required:
+            raise ModelError(
+                f"rewrite: {layout.folder} has no {CONFIG_NAME}, without which onnxruntime-genai loads nothing"
+            )
+        return False
+    library = library_path()
+    path = folder / CONFIG_NAME
+    config = json.loads(path.read_text("utf-8"))
+    decoder = config["model"]["decoder"]
+    decoder["filename"] = layout.model_path.name
+    options = decoder.setdefault("session_options", {})
+    theirs = options.get("custom_ops_library", library.name)
+    if theirs != library.name:
+        problem = f"{CONFIG_NAME} names {theirs!r} as its custom_ops_library, and onnxruntime-genai loads one"
+    else:
+        problem = _link_library(folder / library.name)
+    if problem and required:
+        raise ModelError(f"rewrite: {problem}")
+    if problem:
+        _log.warning("onnxruntime-genai cannot load %s: %s", folder.name, problem)
+        return False
+    options["custom_ops_library"] = library.name
+    path.write_text(json.dumps(config, indent=2), "utf-8")
+    return True
 
-    A link, because a copy would be a second library in the process, with handles of its own.
+
+def _link_library(path: Path) -> str:
+    """Why the package's library could not be linked as `path`; empty where it was.
+
+    onnxruntime-genai loads a library that lies in the model's folder, links followed: so a hard link, and a symbolic
+    one only helps a process that works in a folder above the package. A copy would be a second library, with
+    sequences of its own.
     """
     library = library_path()
     try:
-        (folder / library.name).symlink_to(library)
+        os.link(library.resolve(), path)
     except OSError as error:
-        _log.warning("onnxruntime-genai needs %s in the rewritten folder; linking failed: %s", library.name, error)
-        return False
-    path = folder / CONFIG_NAME
-    config = json.loads(path.read_text("utf-8"))
-    config["model"]["decoder"]["filename"] = model
-    config["model"]["decoder"].setdefault("session_options", {})["custom_ops_library"] = library.name
-    path.write_text(json.dumps(config, indent=2), "utf-8")
-    return True
+        try:
+            path.symlink_to(library)
+        except OSError:
+            return f"{library} cannot be linked into {path.parent.name} ({error.strerror or error})"
+    return ""
 
 
 def _link_or_copy(source: Path, target: Path) -> bool:

@@ -323,7 +323,7 @@ def test_search_defaults_count_only_where_they_ask_for_sampling(
     tmp_path: Path, search: dict[str, Any], given: dict[str, Any], wanted: tuple[float, int, float]
 ) -> None:
     (tmp_path / "genai_config.json").write_text(json.dumps({"search": search}))
-    sampler, _ = Model(FakeSession(), folder=tmp_path)._prepare(False, **given)
+    sampler, *_ = Model(FakeSession(), folder=tmp_path)._prepare(False, **given)
     assert (sampler.options.temperature, sampler.options.top_k, sampler.options.top_p) == wanted
 
 
