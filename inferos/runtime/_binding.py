@@ -1,0 +1,124 @@
+"""Runs of a few tokens with bound inputs and outputs: what a step of decoding needs is allocated once per shape."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from inferos.runtime._trim import FROM_INPUT
+
+__all__ = ["Bindings"]
+
+_MOST_TOKENS = 16  # a row; more are a prompt, whose arrays are not worth keeping
+_SHAPES = 8
+_READY = 3  # of one shape: in a loop one is being written while the one before is still looked at
+_UNUSED = 2  # references to an output nobody else holds: its `_Bound`'s, and the argument of getrefcount
+
+Array = npt.NDArray[Any]
+
+
+class Bindings:
+    """Input and output arrays of one session, bound once per (rows, tokens).
+
+    An output is written again only when nobody refers to it or to a view of it any more: who keeps the logits of a step
+    keeps them, and the next step gets another array. Thread-safe.
+
+    Parameters
+    ----------
+    session : onnxruntime.InferenceSession
+    types : mapping
+        Numpy types of the inputs.
+    logits, input_ids : str
+        Names in the graph.
+    vocab_size : int
+    last_logits_only : bool
+        Whether the graph gives logits for the last token alone, whatever it is fed.
+    """
+
+    def __init__(
+        self,
+        session: Any,
+        types: Mapping[str, type[np.generic]],
+        logits: str,
+        input_ids: str,
+        vocab_size: int,
+        *,
+        last_logits_only: bool,
+    ) -> None:
+        self._session = session
+        self._types = types
+        self._logits = logits
+        self._ids = input_ids
+        self._vocab = vocab_size
+        self._last_only = last_logits_only
+        self._half = next(value.type for value in session.get_outputs() if value.name == logits) == "tensor(float16)"
+        self._ready: dict[tuple[int, int, int], list[_Bound]] = {}
+        self._lock = threading.Lock()
+
+    def run(self, feeds: Mapping[str, Array], run_options: Any) -> Array | None:
+        """Logits (rows, tokens, vocab_size), or None where a run of this shape is not for bindings."""
+        rows, tokens = feeds[self._ids].shape
+        if tokens > _MOST_TOKENS or rows == 0:
+            return None
+        shown = 1 if self._last_only else tokens - int(feeds[FROM_INPUT][0]) if FROM_INPUT in self._types else tokens
+        key = (rows, tokens, shown)
+        bound = self._take(key) or self._bind(feeds, key)
+        try:
+            for name, array in bound.inputs:
+                array[...] = feeds[name]
+            self._session.run_with_iobinding(bound.binding, run_options)
+            return bound.output
+        finally:
+            self._give_back(key, bound)
+
+    def _take(self, key: tuple[int, int, int]) -> _Bound | None:
+        with self._lock:
+            ready = self._ready.get(key)
+            if not ready:
+                return None
+            for at in range(len(ready)):
+                if sys.getrefcount(ready[at].output) == _UNUSED:
+                    return ready.pop(at)
+            if len(ready) < _READY:
+                return None
+            bound = ready.pop(0)
+        bound.renew(self._logits)
+        return bound
+
+    def _give_back(self, key: tuple[int, int, int], bound: _Bound) -> None:
+        with self._lock:
+            ready = self._ready.get(key)
+            if ready is None:
+                if len(self._ready) == _SHAPES:
+                    del self._ready[next(iter(self._ready))]
+                ready = self._ready[key] = []
+            if len(ready) < _READY:
+                ready.append(bound)
+
+    def _bind(self, feeds: Mapping[str, Array], key: tuple[int, int, int]) -> _Bound:
+        arrays = [(name, np.array(feeds[name], kind)) for name, kind in self._types.items() if name in feeds]
+        output = np.empty((key[0], key[2], self._vocab), np.float16 if self._half else np.float32)
+        bound = _Bound(self._session.io_binding(), arrays, output)
+        for name, array in arrays:
+            bound.binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        bound.renew(self._logits)
+        return bound
+
+
+class _Bound:
+    """The arrays of one run, and the binding that points to them."""
+
+    def __init__(self, binding: Any, inputs: list[tuple[str, Array]], output: Array) -> None:
+        self.binding = binding
+        self.inputs = inputs
+        self.output = output
+
+    def renew(self, name: str) -> None:
+        """Another output; the one before belongs to whoever holds it."""
+        output = self.output = np.empty_like(self.output)
+        self.binding.bind_output(name, "cpu", 0, output.dtype.type, output.shape, output.ctypes.data)
