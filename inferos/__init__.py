@@ -25,6 +25,7 @@ if _typing.TYPE_CHECKING:
     from inferos.quality.monitor import QualityMonitor
     from inferos.quality.scheduler import QualityScheduler
     from inferos.runtime.conversation import Conversation
+    from inferos.runtime.failover import BackoffStrategy, FallbackReason, RobustFallbackManager
     from inferos.runtime.generate import Generation
     from inferos.runtime.metrics import FTLMeasurement, MetricsCalculator
     from inferos.runtime.model import Model, load
@@ -37,8 +38,10 @@ if _typing.TYPE_CHECKING:
 
 __all__ = [
     "Arena",
+    "BackoffStrategy",
     "Conversation",
     "FTLMeasurement",
+    "FallbackReason",
     "Generation",
     "ImportanceCalculator",
     "InferosError",
@@ -52,6 +55,7 @@ __all__ = [
     "QualityMonitor",
     "QualityScheduler",
     "QuantizationLevel",
+    "RobustFallbackManager",
     "SamplingOptions",
     "Token",
     "errors",
@@ -67,8 +71,10 @@ __all__ = [
 # Public name -> the module that defines it.
 _HOMES = {
     "Arena": "inferos.kv",
+    "BackoffStrategy": "inferos.runtime.failover",
     "Conversation": "inferos.runtime.conversation",
     "FTLMeasurement": "inferos.runtime.metrics",
+    "FallbackReason": "inferos.runtime.failover",
     "Generation": "inferos.runtime.generate",
     "ImportanceCalculator": "inferos.kv.importance",
     "KVCache": "inferos.kv",
@@ -81,6 +87,7 @@ _HOMES = {
     "QualityMonitor": "inferos.quality.monitor",
     "QualityScheduler": "inferos.quality.scheduler",
     "QuantizationLevel": "inferos.kv.engine",
+    "RobustFallbackManager": "inferos.runtime.failover",
     "SamplingOptions": "inferos.runtime.sampler",
     "Token": "inferos.runtime.stop_texts",
     "get_num_threads": "inferos.kv",

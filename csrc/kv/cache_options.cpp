@@ -79,9 +79,9 @@ Format narrowest_of(const CacheOptions& options, std::size_t layer, bool bears_i
   return max_level(options, layer) == Level::kL1 ? std::min(Format::kInt8, options.formats[layer]) : Format::kF16;
 }
 
-Format leaving(const CacheOptions& options, std::size_t layer) noexcept {
-  const Format most = narrowest_of(options, layer, false);
-  if (!options.policy) return most;
+Format leaving(const CacheOptions& options, std::size_t layer, bool bears_int4, std::int64_t tokens) noexcept {
+  const Format most = narrowest_of(options, layer, bears_int4);
+  if (!options.policy || (options.policy->thresholds.l2 >= 1.0 && tokens == 1)) return most;
   return options.policy->thresholds.l1 >= 1.0 ? std::min(Format::kInt8, most) : Format::kF16;
 }
 

@@ -2,6 +2,7 @@
 // What a sequence is opened with, and what follows from it for each layer.
 
 #include <cstddef>
+#include <cstdint>
 #include <optional>
 #include <vector>
 
@@ -27,7 +28,7 @@ struct CacheOptions {
   std::vector<LayerShape> layers;  // 1..4096
   std::vector<Format> formats;     // per layer: what a block becomes when it leaves the window; kF16 = it stays
   // `auto`: a block becomes INT8 when it leaves the window (stays FP16 where l1 < 1); reviews (review.hpp) then pack it narrower
-  // by importance, at most to the layer's format.
+  // by importance, at most to the layer's format. Where l2 is 1 it goes straight there, but during a prompt.
   std::optional<Policy> policy{};
   std::size_t recent_window = 64;     // 16..512 tokens
   std::size_t sink_tokens = 4;        // 0..64
@@ -39,7 +40,7 @@ void check(const CacheOptions& options);  // Error{kConfig}, Error{kShape}
 Level max_level(const CacheOptions& options, std::size_t layer) noexcept;
 // What a block of this layer may become at most. `bears_int4`: whether its keys do.
 Format narrowest_of(const CacheOptions& options, std::size_t layer, bool bears_int4) noexcept;
-// What a block of this layer becomes when it leaves the window.
-Format leaving(const CacheOptions& options, std::size_t layer) noexcept;
+// What a block of this layer becomes when it leaves the window in a step of `tokens` tokens.
+Format leaving(const CacheOptions& options, std::size_t layer, bool bears_int4, std::int64_t tokens) noexcept;
 
 }  // namespace inferos::kv

@@ -71,6 +71,7 @@ class LayerStore {
 
   void set_leaving(Format leaving) noexcept { leaving_ = leaving; }
   bool is_behind(const Grid& grid) const noexcept { return settled_ < grid.due(); }
+  std::size_t settled() const noexcept { return settled_; }  // grid indexes below it were offered to packing
   // Blocks for what is due, for `demotions`, for `fresh` new grid entries (and the sinks, where `sinks`), and room in every list.
   Reservation reserve(Arena& arena, const Grid& grid, std::vector<Demotion> demotions, std::size_t fresh, bool sinks);
   // Packs what is due, then what was demoted; takes over the new blocks and writes tokens from..to-1 of the grid, which covers
@@ -138,7 +139,7 @@ class LayerStore {
   Format leaving_;  // what a block becomes when it leaves the window
   std::size_t sink_tokens_;
   std::size_t first_ = 0;
-  std::size_t settled_ = 0;  // grid indexes below it were offered to packing
+  std::size_t settled_ = 0;
   std::vector<Head> heads_;
   std::vector<HeadStreams> streams_;
 };

@@ -21,8 +21,14 @@ bool compact(Arena& arena, std::span<const ReliefLayer> layers) {
       layer.store.movable(bytes, places, data);
       ends.push_back(places.size());
     }
+    std::vector<ScoreRecord*> records;
+    if (bytes == ScoreRecord::kBytes) {
+      for (const ReliefLayer& layer : layers) layer.scores.movable(records);
+    }
+    for (const ScoreRecord* record : records) data.push_back(record->data());
     if (data.empty()) continue;
     emptied += arena.compact(bytes, data, [&](std::size_t i, std::byte* to) {
+      if (i >= places.size()) return records[i - places.size()]->move_to(to);
       const auto layer = static_cast<std::size_t>(std::upper_bound(ends.begin(), ends.end(), i) - ends.begin());
       layers[layer].store.move(layers[layer].grid, places[i], to);
     });
@@ -98,6 +104,9 @@ bool Relief::demote_some() {
     const std::size_t bytes = layer.store.block_bytes(c.head, c.index);
     try {
       if (!layer.store.demote(arena_, layer.grid, c.head, c.index, layer.review.narrowest())) continue;
+      if (LayerReview::level_of(layer.review.narrowest()) == Level::kL2) {
+        layer.scores.coarsen(layer.grid, c.head, c.index);
+      }
     } catch (const Error& error) {
       if (error.code() != ErrorCode::kBudget) throw;
       return any;

@@ -108,14 +108,14 @@ std::span<LayerReview::Ranked> LayerReview::rank(const Grid& grid, const LayerSt
   return ranking_;
 }
 
-// Gives the lowest blocks above `level` the verdict `level` until at most ceil(share * n) are above it.
+// Gives the lowest blocks above `level` the verdict `level` until at most ceil(share * n) are above it; where that is none, measured or not.
 void LayerReview::demote_lowest(Level level, double share) noexcept {
   const std::size_t most = allowed(share, ranking_.size());
   auto above = static_cast<std::size_t>(
       std::count_if(ranking_.begin(), ranking_.end(), [&](const Ranked& block) { return block.level < level; }));
   for (Ranked& block : ranking_) {
     if (above <= most) return;
-    if (block.level >= level || !block.measured) continue;
+    if (block.level >= level || (!block.measured && most != 0)) continue;
     block.level = level;
     block.verdict = std::max(block.verdict, format_of(level));
     --above;
@@ -138,6 +138,10 @@ void LayerReview::review(const Grid& grid, const LayerStore& store, const LayerS
   if (!is_due(length)) return;
   reviewed_at_ = length;
   measure(grid, scores);
+  // Where no block may stay above a level there is nothing to wait for.
+  const Format certain = format_of(thresholds_.l2 >= 1.0   ? Level::kL2
+                                   : thresholds_.l1 >= 1.0 ? Level::kL1
+                                                           : Level::kL0);
   for (std::size_t head = 0; head < heads_; ++head) {
     if (changed_) drop_waiting(store, head);
     rank(grid, store, head);
@@ -147,7 +151,7 @@ void LayerReview::review(const Grid& grid, const LayerStore& store, const LayerS
     for (std::size_t i = 0; i < ranking_.size(); ++i) {
       const Ranked& block = ranking_[i];
       Verdict& verdict = verdicts_[at(head, block.index)];
-      verdict.held = std::max(verdict.held, std::min(verdict.last, block.verdict));
+      verdict.held = std::max(verdict.held, std::min(std::max(verdict.last, certain), block.verdict));
       verdict.last = block.verdict;
       const bool goes = i < lowest && block.measured;
       verdict.evictable = goes ? std::min<std::uint8_t>(verdict.evictable + 1, kEvictableReviews) : std::uint8_t{0};

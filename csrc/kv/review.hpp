@@ -2,8 +2,8 @@
 // Which blocks of a layer become narrower, and which may go, by what they are worth: the `auto` format.
 //
 // Every 64 tokens a review ranks the blocks outside the window per head and demotes the lowest until the shares of SPEC 3.2 hold.
-// A verdict counts when two consecutive reviews agree, that a block may be evicted when three do; demotion is one-way. All of it depends
-// on token indexes only. What happens when a budget is used up is relief.hpp's.
+// A verdict counts when two consecutive reviews agree, at once where the shares leave no choice, that a block may be evicted when three do; demotion
+// is one-way. All of it depends on token indexes only. What happens when a budget is used up is relief.hpp's.
 
 #include <algorithm>
 #include <cstddef>

@@ -20,7 +20,7 @@ constexpr std::size_t kLooseBytes = std::size_t{1} << 20;  // free places that a
 
 struct LayerStep {
   Reservation blocks;
-  std::vector<ScoreRecord> scores;
+  ScoreReservation scores;
 };
 
 // Memory taken for the open step, and how far it is.
@@ -115,6 +115,13 @@ struct SequenceCache::State {
       reserved.push_back(std::move(taken));
     }
     return reserved;
+  }
+
+  // Of a block at its last level only the whole is decided about.
+  void coarsen(std::size_t layer, std::size_t head, std::size_t index) noexcept {
+    const LayerStore& store = layers[layer];
+    if (scores.empty() || !store.holds(head, index)) return;
+    if (LayerReview::level_of(store.format(head, index)) == Level::kL2) scores[layer].coarsen(grid(layer), head, index);
   }
 
   // Bytes that reserve() asks for; counted in an arena of its own, whose pages are never touched.
@@ -224,7 +231,8 @@ SequenceCache::SequenceCache(CacheOptions options, std::shared_ptr<Arena> arena)
   State& s = *state_;
   s.layers.reserve(s.options.layers.size());
   for (std::size_t i = 0; i < s.options.layers.size(); ++i) {
-    s.layers.emplace_back(s.options.layers[i], leaving(s.options, i), s.slides(i) ? 0 : s.options.sink_tokens);
+    s.layers.emplace_back(s.options.layers[i], leaving(s.options, i, false, 0),
+                          s.slides(i) ? 0 : s.options.sink_tokens);
     if (!s.options.policy) continue;
     const std::size_t phase = i * static_cast<std::size_t>(kReviewInterval) / s.options.layers.size();
     s.scores.emplace_back(s.options.layers[i], s.options.policy->gamma, s.narrowest(i) != Format::kF16,
@@ -288,6 +296,9 @@ void SequenceCache::begin(std::int64_t tokens) {
                                        " is not within 1.." + text(room) + " (max_tokens " +
                                        text(s.options.max_tokens) + ")");
   }
+  for (std::size_t i = 0; i < s.reviews.size(); ++i) {
+    s.layers[i].set_leaving(leaving(s.options, i, s.keys[i].is_safe(), tokens));
+  }
   s.step.reserved = s.make_room_for(tokens);
   s.step.tokens = tokens;
   s.step.appended = 0;
@@ -304,11 +315,16 @@ void SequenceCache::append(std::size_t layer, const float* k, const float* v, Ex
   }
   LayerStep nothing;
   LayerStep& taken = s.step.reserved.empty() ? nothing : s.step.reserved[layer];
+  const std::size_t settled = s.layers[layer].settled();
   s.layers[layer].append(s.grid(layer), taken.blocks, s.length, s.length + s.step.tokens, k, v, executor);
   if (!s.step.reserved.empty() && !s.scores.empty()) {
     s.reviews[layer].demoted(s.length);
-    s.reviews[layer].place(taken.scores.size() / s.options.layers[layer].kv_heads);
+    s.reviews[layer].place(taken.scores.tokens.size() / s.options.layers[layer].kv_heads);
     s.scores[layer].place(taken.scores);
+    for (const Demotion& demotion : taken.blocks.demotions) s.coarsen(layer, demotion.head, demotion.index);
+    for (std::size_t index = settled; index < s.layers[layer].settled(); ++index) {
+      for (std::size_t head = 0; head < s.options.layers[layer].kv_heads; ++head) s.coarsen(layer, head, index);
+    }
   }
   if (!s.scores.empty()) s.scores[layer].write(s.grid(layer), s.length, s.length + s.step.tokens, v);
   s.appended_in[layer] = s.step_number;
@@ -405,7 +421,6 @@ void SequenceCache::set_policy(Policy policy, std::vector<Format> formats, std::
   const Thresholds thresholds = changed.policy->thresholds;
   s.options = std::move(changed);  // nothing below can fail
   for (std::size_t i = 0; i < s.layers.size(); ++i) {
-    s.layers[i].set_leaving(leaving(s.options, i));
     s.scores[i].set_gamma(gamma);
     s.scores[i].set_wanted(s.narrowest(i) != Format::kF16);
     s.reviews[i].set_thresholds(thresholds);
@@ -501,7 +516,9 @@ std::unique_ptr<SequenceCache> SequenceCache::fork() const {
 bool SequenceCache::demote(std::size_t layer, std::size_t head, std::size_t index, Format format) {
   State& s = *state_;
   if (!s.is_outside_window("demote", layer, head, index)) return false;
-  return s.layers[layer].demote(*s.arena, s.grid(layer), head, index, format);
+  if (!s.layers[layer].demote(*s.arena, s.grid(layer), head, index, format)) return false;
+  s.coarsen(layer, head, index);
+  return true;
 }
 
 bool SequenceCache::evict(std::size_t layer, std::size_t head, std::size_t index) {
@@ -570,7 +587,9 @@ TierBytes SequenceCache::tier_bytes() const {
     add(taken.blocks.sinks);
     for (const auto& fresh : taken.blocks.fresh) add(fresh);
     for (const Demotion& demotion : taken.blocks.demotions) add({demotion.block});
-    for (const ScoreRecord& record : taken.scores) total.score_bytes += record ? ScoreRecord::kBytes : 0;
+    for (const auto* records : {&taken.scores.tokens, &taken.scores.wholes}) {
+      for (const ScoreRecord& record : *records) total.score_bytes += record ? ScoreRecord::kBytes : 0;
+    }
   }
   for (const LayerScores& layer : state_->scores) total.score_bytes += layer.bytes();
   return total;

@@ -58,9 +58,9 @@ TokenStatistics token_statistics(const LayerStore& store, const LayerScores* sco
       const std::size_t index = scored ? grid.find(p) : 0;
       const auto within = scored ? static_cast<std::size_t>(p - grid[index].start) : 0;
       found.position.push_back(p);
-      found.mass.push_back(scored ? static_cast<double>(scores->token_mass(head, index, within)) : kUnknown);
-      found.value_norm.push_back(scored ? static_cast<double>(scores->token_norm(head, index, within))
-                                        : norm(rows->v + token * d, d));
+      found.mass.push_back(scored ? static_cast<double>(scores->token_mass(grid, head, index, within)) : kUnknown);
+      const double original = scored ? static_cast<double>(scores->token_norm(head, index, within)) : kUnknown;
+      found.value_norm.push_back(std::isnan(original) ? norm(rows->v + token * d, d) : original);
       found.key_norm.push_back(norm(key, d));
       keys.insert(keys.end(), key, key + d);
       for (std::size_t c = 0; c < d; ++c) mean[c] += static_cast<double>(key[c]);

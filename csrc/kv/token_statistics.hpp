@@ -12,8 +12,8 @@ namespace inferos::kv {
 
 struct TokenStatistics {  // of the tokens that are held and committed, oldest first
   std::vector<std::int64_t> position;
-  std::vector<double> mass;        // averaged attention probability; NaN = not measured
-  std::vector<double> value_norm;  // as it was before packing, but for sinks
+  std::vector<double> mass;  // averaged attention probability, of a block at L2 its tokens' mean; NaN = not measured
+  std::vector<double> value_norm;  // as it was before packing; of sinks and of a block at L2 as stored
   std::vector<double> key_norm;    // as stored
   std::vector<double>
       key_similarity;  // cosine between the key and the mean of the head's keys; NaN where one of them is 0

@@ -20,6 +20,9 @@ from inferos.kv.tiers import check_thresholds, settled_shares
 __all__ = ["CachePlan", "Footprint"]
 
 _BLOCK_TOKENS = 64
+_SCORE_PAGE = (
+    32  # csrc/kv/importance.hpp: blocks of a head that share a record, beside each block's own until it is at L2
+)
 _FORMATS: dict[str, BlockFormat] = {"f16": "f16", "int8": "int8", "k8v4": "k8v4", "int4": "int4"}
 # csrc/core/arena.cpp: a slab is at most a 16th of what is held, within 64 KiB..2 MiB, and under a budget a 128th of that.
 _SMALLEST_SLAB, _LARGEST_SLAB, _SLAB_SHARE, _BUDGET_SLABS = 64 << 10, 2 << 20, 16, 128
@@ -178,10 +181,13 @@ class CachePlan:
         sizes = {kv: _block_bytes(kv, spec.head_dim) for kv in most}
         live = Counter({sizes[kv]: count for kv, count in blocks.items()})
         peak = Counter({sizes[kv]: count for kv, count in most.items()})
-        scores = grid - gone if self.kv == "auto" else 0
-        if scores:
+        scores = 0
+        if self.kv == "auto" and grid:
+            pages = -(-grid // _SCORE_PAGE)
+            scores = grid - gone - blocks[self.l2_format] + pages - gone // _SCORE_PAGE
             live[_score_bytes()] += scores
-            peak[_score_bytes()] += self._held(spec, grid)
+            held = self._held(spec, grid)
+            peak[_score_bytes()] += held + min(pages, held // _SCORE_PAGE + 2)
         sinks = Counter[int]()
         if origin:
             sinks[-(-origin // 16) * 16 * spec.head_dim * 2 * 2] = 1
@@ -249,10 +255,10 @@ def _block_bytes(kv: str, head_dim: int) -> int:
 
 @functools.cache
 def _score_bytes() -> int:
-    """Bytes of a block's scores, as a cache of one block takes them."""
+    """Bytes of a record of scores: a cache of one block takes two."""
     with KVCache([LayerSpec(1, 16)], kv="auto", sink_tokens=0) as cache:
         cache.begin(1)
-        return cache.stats().score_bytes
+        return cache.stats().score_bytes // 2
 
 
 def _arena_bytes(most: Counter[int], budget_bytes: int) -> int:

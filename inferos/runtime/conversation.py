@@ -11,6 +11,7 @@ from inferos.errors import BusyError, ClosedError
 from inferos.runtime.chat import Message, check_messages
 from inferos.runtime.decode_loop import CachedTokens
 from inferos.runtime.generate import Generation
+from inferos.runtime.run import Run
 
 if TYPE_CHECKING:
     from inferos.runtime.model import Model
@@ -77,11 +78,11 @@ class Conversation:
             self._cached = model._cache()  # noqa: SLF001
         self._messages = messages
 
-        def end(generation: Generation, error: BaseException | None) -> None:
-            if error is not None or (generation.tokens == 0 and generation.finish_reason in ("cancelled", "budget")):
+        def end(run: Run, error: BaseException | None) -> None:
+            if error is not None or (run.tokens == 0 and run.finish_reason in ("cancelled", "budget")):
                 self._messages = before
             else:
-                self._messages.append({"role": "assistant", "content": generation.text})
+                self._messages.append({"role": "assistant", "content": run.text})
             if self._closed and self._cached is not None:
                 self._cached.sequence.close()
 

@@ -133,6 +133,10 @@ class DecodeLoop:
     closing : bool
         Set to end it as if cancelled, at its next look.
     reason : FinishReason or None
+    prompt_tokens : int
+    cached_tokens : int
+        Those found in the cache.
+    seed : int
     decode_steps, decode_seconds : one-token steps, and what they took from asking to drawing
     """
 
@@ -155,7 +159,9 @@ class DecodeLoop:
         self._clock = clock
         self.closing = False
         self.reason: FinishReason | None = None
+        self.prompt_tokens = len(prompt)
         self.cached_tokens = 0
+        self.seed = sampler.seed
         self.decode_seconds = 0.0
         self.decode_steps = 0
 

@@ -11,31 +11,39 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar, Unpack, overload
 
 import numpy as np
-import numpy.typing as npt
 
 from inferos.config import Policy, check_kv, load_policy, parse_size
-from inferos.errors import ClosedError, ConfigError, ContextError, ModelError, ShapeError
+from inferos.errors import ClosedError, ConfigError, ContextError, ModelError
 from inferos.kv.policy import PolicyStore, PolicyVersion
+from inferos.runtime.batch import MAX_ROWS, Batch, BatchDecoder
 from inferos.runtime.cache_rules import CacheRules
-from inferos.runtime.chat import ChatTemplate, Message, find_template
+from inferos.runtime.chat import ChatTemplate, find_template
 from inferos.runtime.conversation import Conversation
-from inferos.runtime.decode_loop import CachedTokens, Cancel, Limits
+from inferos.runtime.decode_loop import CachedTokens, Cancel, DecodeLoop, Limits
 from inferos.runtime.effective import EffectivePolicy, describe_policy
 from inferos.runtime.generate import Generation
+from inferos.runtime.prompts import (
+    DEFAULT_MAX_TOKENS,
+    GenerateOptions,
+    Prompt,
+    PromptInList,
+    are_messages,
+    are_prompts,
+    checked_ids,
+)
 from inferos.runtime.protocols import DecoderSession, FollowsRules, Ids, RequestObserver
-from inferos.runtime.sampler import Sampler, SamplingOptions
+from inferos.runtime.run import Alone, Run
+from inferos.runtime.sampler import MAX_SEED, Sampler, SamplingOptions
 from inferos.runtime.stop_texts import check_stops
 from inferos.runtime.tokenizer import TextTokenizer, read_json
 
 __all__ = ["DEFAULT_MAX_TOKENS", "Model", "Prompt", "load", "resolve_model"]
 
-DEFAULT_MAX_TOKENS = 256
-
-Prompt = str | Sequence[int] | npt.NDArray[np.integer[Any]] | Sequence[Message]
-"""A text, ids (tokens,), or messages for the model's chat template."""
+P = TypeVar("P", bound=PromptInList)
+R = TypeVar("R", bound=Run)
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
@@ -260,33 +268,35 @@ class Model:
         folder = self.tokenizer.folder
         return ChatTemplate(find_template(folder), self.tokenizer.named_tokens)
 
+    @overload
+    def generate(
+        self, prompt: Prompt, max_tokens: int = DEFAULT_MAX_TOKENS, **options: Unpack[GenerateOptions]
+    ) -> Generation: ...
+
+    @overload
+    def generate(
+        self, prompt: list[P] | tuple[P, ...], max_tokens: int = DEFAULT_MAX_TOKENS, **options: Unpack[GenerateOptions]
+    ) -> Batch: ...
+
     def generate(
         self,
-        prompt: Prompt,
+        prompt: Prompt | list[P] | tuple[P, ...],
         max_tokens: int = DEFAULT_MAX_TOKENS,
-        *,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
-        ignore_eos: bool = False,
-        cancel: Cancel | None = None,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-    ) -> Generation:
-        """Continue a prompt.
+        **options: Unpack[GenerateOptions],
+    ) -> Generation | Batch:
+        """Continue a prompt, or several together.
 
         Parameters
         ----------
-        prompt : text, ids (tokens,) or messages
-            Messages go through the model's chat template.
+        prompt : text, ids (tokens,), messages, or a list or tuple of these
+            Messages go through the model's chat template. In a list of prompts each is a text, a list, tuple or array
+            of ids, or a list of messages.
         max_tokens : int
-            Tokens at most.
+            Tokens at most; of each prompt.
         temperature, top_k, top_p, min_p, repetition_penalty, seed
             As `SamplingOptions`. What is not given comes from the folder's search defaults where these ask for
-            sampling (`do_sample`), and is greedy otherwise.
+            sampling (`do_sample`), and is greedy otherwise. Of several prompts, number i (from 0) draws with
+            seed + i.
         stop : texts that end the generation and are never given out, not even across tokens
         ignore_eos : bool, default False
             Go on after the model's end-of-text token, for measurements.
@@ -296,15 +306,16 @@ class Model:
 
         Returns
         -------
-        Generation
-            An iterator of `Token`, and the figures of the run.
+        Generation or Batch
+            An iterator of `Token`, and the figures of the run; for several prompts a `Batch` of them, of which
+            `batch.MAX_ROWS` are decoded together.
 
         Raises
         ------
         ConfigError
-            If an option or the prompt is of the wrong form.
+            If an option or a prompt is of the wrong form.
         ContextError
-            If the prompt is longer than the model's context.
+            If a prompt is longer than the model's context.
         ShapeError
             If ids are not one row of integers of the vocabulary.
         TemplateError
@@ -312,26 +323,29 @@ class Model:
         ClosedError
             If the model is closed.
         """
-        sampler, limits = self._prepare(
-            _are_messages(prompt),
-            max_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-            stop=stop,
-            ignore_eos=ignore_eos,
-            cancel=cancel,
-        )
-        ids = self.prompt_ids(prompt, tools=tools)
-        cached = self._cache()
+        if not are_prompts(prompt):
+            generation = Generation(Alone(self._begin(Run, self._clock, prompt, max_tokens, **options)))  # type: ignore[arg-type]
+            self._track(generation)
+            return generation
+        batch = self.batch()
+        first = options.get("seed")
+        for number, one in enumerate(prompt):
+            if isinstance(first, int):
+                options["seed"] = (first + number) & MAX_SEED
+            batch.add(one, max_tokens, **options)
+        return batch
 
-        def end(_generation: Generation, _error: BaseException | None) -> None:
-            cached.sequence.close()
+    def batch(self, max_rows: int = MAX_ROWS) -> Batch:
+        """An empty batch, to which prompts with options of their own are added, also while others decode.
 
-        return self._start(cached, ids, sampler, limits, end)
+        Parameters
+        ----------
+        max_rows : int
+            Rows decoded together at most; further ones wait till one has ended.
+        """
+        self._check_open()
+        decoder = BatchDecoder(self.session, max_rows=max_rows, prefill_tokens=self._prefill_chunk, clock=self._clock)
+        return Batch(self, decoder)
 
     def chat(self, system: str | None = None, **options: Any) -> Conversation:
         """A conversation that keeps its cache between turns.
@@ -353,12 +367,12 @@ class Model:
             ids = self.tokenizer.encode(prompt)
             if ids.size == 0 and self.bos_id is not None:
                 ids = np.array([self.bos_id], np.int64)
-        elif _are_messages(prompt):
+        elif are_messages(prompt):
             template = self.chat_template
             text = template.render(prompt, tools=tools)  # type: ignore[arg-type]
             ids = self.tokenizer.encode(text, special=template.plain)
         else:
-            ids = _checked_ids(prompt, self.session.vocab_size)
+            ids = checked_ids(prompt, self.session.vocab_size)
         if ids.size == 0:
             raise ConfigError("prompt: it is empty, and the model has no token that begins a text")
         if ids.size > self.context_length:
@@ -441,30 +455,56 @@ class Model:
     def _cache(self) -> CachedTokens:
         return CachedTokens(self.session, self._prefill_chunk)
 
+    def _begin(
+        self,
+        kind: type[R],
+        clock: Callable[[], float],
+        prompt: Prompt,
+        max_tokens: int,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **options: Any,
+    ) -> R:
+        """A run of its own cache, which its end frees."""
+        sampler, limits = self._prepare(are_messages(prompt), max_tokens, **options)
+        ids = self.prompt_ids(prompt, tools=tools)
+        cached = self._cache()
+
+        def end(_run: Run, _error: BaseException | None) -> None:
+            cached.sequence.close()
+
+        return self._run(kind, clock, cached, ids, sampler, limits, end)
+
+    def _run(
+        self,
+        kind: type[R],
+        clock: Callable[[], float],
+        cached: CachedTokens,
+        ids: Ids,
+        sampler: Sampler,
+        limits: Limits,
+        on_end: Callable[[Run, BaseException | None], None],
+    ) -> R:
+        def ended(run: Run, error: BaseException | None) -> None:
+            on_end(run, error)
+            if self.observer is not None and error is None:
+                self.observer.finished(ids, cached.ids[len(ids) :])
+
+        has_text = self.folder is not None and (self.folder / "tokenizer.json").is_file()
+        stream = self.tokenizer.stream(ids) if has_text else None
+        loop = DecodeLoop(cached, ids, sampler, limits, self.context_length, stream, clock)
+        return kind(loop, ended, clock)
+
     def _start(
         self,
         cached: CachedTokens,
         ids: Ids,
         sampler: Sampler,
         limits: Limits,
-        on_end: Callable[[Generation, BaseException | None], None],
+        on_end: Callable[[Run, BaseException | None], None],
     ) -> Generation:
-        def ended(generation: Generation, error: BaseException | None) -> None:
-            on_end(generation, error)
-            if self.observer is not None and error is None:
-                self.observer.finished(ids, cached.ids[len(ids) :])
-
-        has_text = self.folder is not None and (self.folder / "tokenizer.json").is_file()
-        generation = Generation(
-            cached,
-            ids,
-            sampler,
-            limits,
-            context_length=self.context_length,
-            stream=self.tokenizer.stream(ids) if has_text else None,
-            on_end=ended,
-            clock=self._clock,
-        )
+        """A generation over a cache that its caller keeps."""
+        generation = Generation(Alone(self._run(Run, self._clock, cached, ids, sampler, limits, on_end)))
         self._track(generation)
         return generation
 
@@ -479,21 +519,3 @@ class Model:
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError("Model: it is closed")
-
-
-def _are_messages(prompt: Prompt) -> bool:
-    return (
-        isinstance(prompt, Sequence) and not isinstance(prompt, str) and any(isinstance(p, Mapping) for p in prompt[:1])
-    )
-
-
-def _checked_ids(prompt: Any, vocab_size: int) -> Ids:
-    try:
-        ids = np.asarray(prompt)
-    except ValueError as error:  # rows of different lengths
-        raise ShapeError(f"prompt: {error}") from error
-    if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
-        raise ShapeError(f"prompt: {ids.dtype} of shape {ids.shape}, wanted text, messages or integers (tokens,)")
-    if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
-        raise ShapeError(f"prompt: ids {ids.min()}..{ids.max()} are not within 0..{vocab_size - 1}")
-    return ids.astype(np.int64)

@@ -69,14 +69,15 @@ class Reviews:
         l1, l2, _ = self.thresholds
         self.lower(blocks, 2, l2, self.narrowest)
         self.lower(blocks, 1, l1, min(INT8, self.narrowest))
+        certain = self.narrowest if l2 == 1 else min(INT8, self.narrowest) if l1 == 1 else F16
         for block in blocks:
-            block.verdict.held = max(block.verdict.held, min(block.verdict.last, block.wanted))
+            block.verdict.held = max(block.verdict.held, min(max(block.verdict.last, certain), block.wanted))
             block.verdict.last = block.wanted
 
     def lower(self, blocks: Sequence[Standing], level: int, threshold: float, wanted: int) -> None:
         may_stay = math.ceil(round((1 - threshold) * len(blocks), 9))
         above = sum(block.level < level for block in blocks)
-        for block in self.ranked:
+        for block in self.ranked if may_stay else blocks:
             if above <= may_stay:
                 return
             if block.level < level:

@@ -28,7 +28,7 @@ HEADS = [(layer, head) for layer, spec in enumerate(LAYERS) for head in range(sp
 NAMES = {number: name for name, number in FORMATS.items()}
 WINDOWS = (16, 30, 64)
 GONE = "evicted"
-SCORE_BYTES = 2 * 64 * 2
+SCORE_BYTES = 2 * 64 * 2  # of a block above L2, and again of 32 blocks
 
 
 @dataclass
@@ -87,17 +87,20 @@ class Model:
     def is_due(self, block: Block, length: int | None = None) -> bool:
         return block.finished and block.end - 1 < (self.length if length is None else length) - self.window
 
-    def pack(self, layer: int) -> None:
+    def pack(self, layer: int, tokens: int) -> None:
         """What a layer does when it is called: every finished block behind the window is packed as a whole."""
+        leaving = self.kv
+        if self.reviews and tokens == 1 and self.reviews[layer].thresholds[1] == 1:
+            leaving = NAMES[self.reviews[layer].narrowest]
         for block in self.grids[layer]:
             for at in [at for at in HEADS if at[0] == layer]:
                 if (
                     self.is_due(block)
                     and block.formats[at] == "f16"
                     and block.start >= self.lost_in(layer)
-                    and self.kv != "f16"
+                    and leaving != "f16"
                 ):
-                    self.narrow(block, at, self.kv)
+                    self.narrow(block, at, leaving)
 
     def lost_in(self, layer: int) -> int:
         return self.lost if layer == 1 else 0
@@ -157,7 +160,7 @@ class Model:
 
     def add(self, new: list[np.ndarray]) -> None:
         for layer in range(2):
-            self.pack(layer)
+            self.pack(layer, len(new[0]))
         length = self.length + len(new[0])
         self.values = [np.concatenate([old, more]) for old, more in zip(self.values, new, strict=True)]
         for layer, grid in enumerate(self.grids):
@@ -219,8 +222,16 @@ class Model:
             if self.origin(layer) and self.length:
                 total += spec.kv_heads * block_bytes("f16", spec.head_dim, -(-self.sink // 16) * 16)
             held = [kv for block in self.held(layer) for kv in block.formats.values() if kv != GONE]
-            total += sum(block_bytes(kv, spec.head_dim) for kv in held) + bool(self.reviews) * SCORE_BYTES * len(held)
+            total += sum(block_bytes(kv, spec.head_dim) for kv in held)
+            if self.reviews:
+                total += SCORE_BYTES * (held.count("f16") + held.count("int8") + spec.kv_heads * self.pages(layer))
         return total
+
+    def pages(self, layer: int) -> int:
+        """Runs of 32 blocks, counted from the first of the sequence, of which some are there."""
+        count = len(self.grids[layer])
+        first = count - len(self.held(layer))
+        return -(-count // 32) - first // 32 if count else 0
 
     def evicted_tokens(self) -> int:
         return sum(
@@ -338,7 +349,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     def run_layer(self, cache: KVCache, model: Model, layer: int, k: np.ndarray, v: np.ndarray) -> None:
         cache.append(layer, k, v)
-        model.pack(layer)
+        model.pack(layer, len(k))
         model.adopt_demotions(layer, cache)
         if self.auto:
             cache.attend(layer, np.repeat(k, 2, axis=1))

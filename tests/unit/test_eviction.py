@@ -204,7 +204,7 @@ def test_the_share_of_attention_that_went_is_reported_per_head():
 
 
 def test_without_a_budget_nothing_is_evicted():
-    with KVCache([SPEC], kv="auto", thresholds=(1.0, 1.0, 1.0), overflow="evict") as cache:
+    with KVCache([SPEC], kv="auto", thresholds=(1.0, 0.9, 0.9), overflow="evict") as cache:
         for tokens in [600] + [1] * 400:
             cache.begin(tokens)
             cache.append(0, *rows(cache.length, tokens, SPEC))

@@ -137,12 +137,54 @@ def test_prefill_packs_no_block_below_int8():
 
 
 def test_one_review_is_no_verdict():
-    with KVCache([SPEC], kv="auto", thresholds=(1.0, 1.0, 0.0)) as cache:
+    with KVCache([SPEC], kv="auto", thresholds=(1.0, 0.9, 0.0)) as cache:
         step(cache, PROMPT, 0)
         decode(cache, 3)  # the first review is due after the first decoded token
         assert FORMATS["k8v4"] not in levels(cache)
         decode(cache, 64)
         assert FORMATS["k8v4"] in levels(cache)
+
+
+@pytest.mark.parametrize("attention", [True, False])
+def test_where_no_block_may_stay_above_l2_nothing_waits(attention):
+    with KVCache([SPEC], kv="auto", thresholds=(1.0, 1.0, 0.4), l2_format="int4") as cache:
+
+        def feed(tokens: int) -> None:
+            if attention:
+                step(cache, tokens, cache.length)
+                return
+            cache.begin(tokens)
+            cache.append(0, *rows(cache.length, tokens, SPEC))
+            cache.commit()
+
+        feed(300)  # 200 of them leave the window in the next piece of the prompt
+        feed(PROMPT - 300)
+        assert set(cache.formats(0, 0)) == {FORMATS["f16"], FORMATS["int8"]}
+        for _ in range(150):
+            feed(1)
+            due = (cache.length - 1 - 64 - 4) // 64  # a step packs what had left the window before it
+            if cache.length > PROMPT + 1:  # the first decoded token's review has spoken
+                assert (levels(cache)[:due] == FORMATS["int4"]).all()
+
+
+def test_a_block_at_l2_has_one_score_which_follows_its_mass():
+    with KVCache([SPEC], kv="auto", gamma=GAMMA, thresholds=(1.0, 0.0, 0.0)) as cache:
+        step(cache, PROMPT, 0)
+        decode(cache, 9)
+        scores, bytes_before = cache.scores(0, 1), cache.stats().score_bytes
+        statistics = cache.token_statistics(0, 1)
+        assert cache.demote(0, 1, 3, "k8v4")
+        assert cache.stats().score_bytes == bytes_before - 256
+        np.testing.assert_allclose(cache.scores(0, 1), scores, rtol=1e-6)
+        block = slice(4 + 64 * 3, 4 + 64 * 4)
+        mass = statistics.mass[block].sum()
+        for _ in range(24):
+            own = step(cache, 1, cache.length)[0][1, block].sum()
+            if cache.length % 8 == 0:  # every 8th token is sampled
+                mass = mass * GAMMA**8 + own * (1 - GAMMA**8)
+        found = cache.token_statistics(0, 1)
+        assert found.mass[block].sum() == pytest.approx(mass, rel=1e-3)
+        assert cache.scores(0, 1)[3] == pytest.approx(scores[3] * mass / statistics.mass[block].sum(), rel=1e-3)
 
 
 def test_without_measured_attention_nothing_is_demoted_further():

@@ -42,11 +42,14 @@ def test_thresholds_are_in_force_from_the_next_review():
         step(cache, PROMPT)
         decode(cache, 70)
         assert count(cache, "k8v4") == 0
-        cache.set_policy(thresholds=(1.0, 1.0, 0.0))
+        cache.set_policy(thresholds=(1.0, 0.9, 0.0))
         decode(cache, 100)  # one review has agreed
         assert count(cache, "k8v4") == 0
         decode(cache, 64)
         assert count(cache, "k8v4") >= 10
+        cache.set_policy(thresholds=(1.0, 1.0, 0.0))  # leaves no choice: one is enough
+        decode(cache, 65)
+        assert count(cache, "k8v4") >= 14
 
 
 def test_lowered_thresholds_stop_what_waits_and_bring_nothing_back():
@@ -158,7 +161,7 @@ def test_external_scores_rank_the_blocks():
 
 
 def test_without_external_scores_nothing_is_demoted():
-    with KVCache([SPEC], kv="auto", thresholds=(1.0, 1.0, 0.0), scorer="external") as cache:
+    with KVCache([SPEC], kv="auto", thresholds=(1.0, 0.9, 0.0), scorer="external") as cache:
         step(cache, PROMPT)
         decode(cache, 200)
         assert count(cache, "k8v4") == 0
@@ -202,6 +205,21 @@ def test_token_statistics_describe_the_tokens_that_are_held():
         starts, stops = cache.block_spans(0)
         assert (starts == 4 + 64 * np.arange(12)).all()
         assert (stops == starts + 64).all()
+
+
+def test_token_statistics_of_a_block_at_l2_are_those_of_the_block():
+    with KVCache([SPEC], kv="auto") as cache:
+        step(cache, PROMPT)
+        before = cache.token_statistics(0, 0)
+        cache.demote(0, 0, 3, "int4")
+        after = cache.token_statistics(0, 0)
+        block = slice(4 + 64 * 3, 4 + 64 * 4)
+        np.testing.assert_allclose(after.mass[block], before.mass[block].mean(), rtol=1e-4)
+        held = np.array([cache.read(0, 0, position)[1] for position in range(block.start, block.stop)])
+        np.testing.assert_allclose(after.value_norm[block], np.linalg.norm(held, axis=1), rtol=1e-6)
+        others = np.r_[: block.start, block.stop : PROMPT]
+        np.testing.assert_array_equal(after.mass[others], before.mass[others])
+        np.testing.assert_array_equal(after.value_norm[others], before.value_norm[others])
 
 
 @pytest.mark.parametrize(
