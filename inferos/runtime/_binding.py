@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,7 +58,7 @@ class Bindings:
         self._vocab = vocab_size
         self._last_only = last_logits_only
         self._half = next(value.type for value in session.get_outputs() if value.name == logits) == "tensor(float16)"
-        self._ready: dict[tuple[int, int, int], list[_Bound]] = {}
+        self._ready: dict[tuple[int, int, int], deque[_Bound]] = {}
         self._lock = threading.Lock()
 
     def run(self, feeds: Mapping[str, Array], run_options: Any) -> Array | None:
@@ -65,7 +66,7 @@ class Bindings:
         rows, tokens = feeds[self._ids].shape
         if tokens > _MOST_TOKENS or rows == 0:
             return None
-        shown = 1 if self._last_only else tokens - int(feeds[FROM_INPUT][0]) if FROM_INPUT in self._types else tokens
+        shown = 1 if self._last_only else tokens - feeds[FROM_INPUT].item() if FROM_INPUT in self._types else tokens
         key = (rows, tokens, shown)
         bound = self._take(key) or self._bind(feeds, key)
         try:
@@ -76,29 +77,32 @@ class Bindings:
         finally:
             self._give_back(key, bound)
 
+    # A deque's own methods are atomic, so no lock is needed: a binding that was taken is in no deque.
+
     def _take(self, key: tuple[int, int, int]) -> _Bound | None:
-        with self._lock:
-            ready = self._ready.get(key)
-            if not ready:
+        ready = self._ready.get(key)
+        if not ready:
+            return None
+        try:
+            bound = ready.popleft()  # the one that was given back first: its logits are likeliest to be done with
+        except IndexError:  # another thread was quicker
+            return None
+        if sys.getrefcount(bound.output) != _UNUSED:
+            if len(ready) < _READY - 1:
+                ready.append(bound)
                 return None
-            for at in range(len(ready)):
-                if sys.getrefcount(ready[at].output) == _UNUSED:
-                    return ready.pop(at)
-            if len(ready) < _READY:
-                return None
-            bound = ready.pop(0)
-        bound.renew(self._logits)
+            bound.renew(self._logits)
         return bound
 
     def _give_back(self, key: tuple[int, int, int], bound: _Bound) -> None:
-        with self._lock:
-            ready = self._ready.get(key)
-            if ready is None:
-                if len(self._ready) == _SHAPES:
+        ready = self._ready.get(key)
+        if ready is None:
+            with self._lock:
+                if key not in self._ready and len(self._ready) == _SHAPES:
                     del self._ready[next(iter(self._ready))]
-                ready = self._ready[key] = []
-            if len(ready) < _READY:
-                ready.append(bound)
+                ready = self._ready.setdefault(key, deque())
+        if len(ready) < _READY:
+            ready.append(bound)
 
     def _bind(self, feeds: Mapping[str, Array], key: tuple[int, int, int]) -> _Bound:
         arrays = [(name, np.array(feeds[name], kind)) for name, kind in self._types.items() if name in feeds]
@@ -112,6 +116,8 @@ class Bindings:
 
 class _Bound:
     """The arrays of one run, and the binding that points to them."""
+
+    __slots__ = ("binding", "inputs", "output")
 
     def __init__(self, binding: Any, inputs: list[tuple[str, Array]], output: Array) -> None:
         self.binding = binding
