@@ -47,6 +47,7 @@ class CompressedSession:
         arena: Arena,
         threads: int,
         prefill_chunk: int,
+        iobinding: bool = True,
         routes: Routes | None = None,
         failover: StepFailover | None = None,
     ) -> None:
@@ -56,7 +57,7 @@ class CompressedSession:
         self.rules = rules
         self.measured_delta_ppl: QualitySource = lambda: None
         self.sequence().close()  # wrong options show here, before the weights are read
-        self.routes = Routes([open_runner(layout, threads=threads)]) if routes is None else routes
+        self.routes = Routes([open_runner(layout, threads=threads, iobinding=iobinding)]) if routes is None else routes
         self.failover = StepFailover(RobustFallbackManager()) if failover is None else failover
 
     @property
@@ -133,7 +134,7 @@ class CompressedSession:
             last: Float32 = logits[:, -1].astype(np.float32, copy=False)
             return last
 
-    def run(self, turns: list[Turn], ids: Ids, *, keep_all: bool = False) -> npt.NDArray[Any]:
+    def run(self, turns: Collection[Turn], ids: Ids, *, keep_all: bool = False) -> npt.NDArray[Any]:
         """Logits (rows, tokens, vocab_size) of one run over ids (rows, tokens). Commits nothing.
 
         Unless `keep_all`, those of all but the last token may be left out. Several tokens of a prompt are prefill;
@@ -145,7 +146,7 @@ class CompressedSession:
             What failed inside the cache; ProviderError for everything else. The step is dropped.
         """
         role: Role = "decode" if keep_all or ids.shape[1] == 1 else "prefill"
-        step = _Step(self.layout, turns, ids, keep_all=keep_all)
+        step = _Step(self.layout, turns, ids, keep_all)
         engines = self.routes.of(role)
         if len(engines) > 1:
             return self.failover.run(engines, step)
@@ -160,7 +161,7 @@ class _Step:
 
     __slots__ = ("_ids", "_keep_all", "_layout", "_turns")
 
-    def __init__(self, layout: ModelLayout, turns: list[Turn], ids: Ids, *, keep_all: bool) -> None:
+    def __init__(self, layout: ModelLayout, turns: Collection[Turn], ids: Ids, keep_all: bool) -> None:
         self._layout = layout
         self._turns = turns
         self._ids = ids
@@ -326,7 +327,7 @@ class CompressedSequence:
         with self.turn() as turn:
             token = check_ids(ids, session.layout, turn.past)
             self.reviews.before_step(turn.cache, 1, session.rules)
-            logits = session.run([turn], token.reshape(1, 1))
+            logits = session.run((turn,), token.reshape(1, 1))
             self.commit(turn)
             last: Float32 = logits[0, -1].astype(np.float32, copy=False)
             return last
@@ -377,7 +378,7 @@ def _commit(turns: list[Turn]) -> None:
         raise
 
 
-def _typed(turns: list[Turn], error: Exception) -> InferosError:
+def _typed(turns: Collection[Turn], error: Exception) -> InferosError:
     """The error that the op kept on a handle; ONNX Runtime itself only passes on its text."""
     if not all(turn.sequence.holds(turn) for turn in turns):
         return ClosedError("the sequence was closed or abandoned while the model ran")

@@ -53,6 +53,11 @@ class Runner:
         self._outputs = [logits]
         self._bindings = bindings
 
+    @property
+    def bound(self) -> bool:
+        """Whether the arrays of a decode step are bound once."""
+        return self._bindings is not None
+
     def run(self, feeds: Mapping[str, npt.NDArray[Any]], *, run_options: Any = None) -> npt.NDArray[Any]:
         """Logits (rows, tokens, vocab_size); see `Engine.run`."""
         if self._bindings is not None:

@@ -25,6 +25,7 @@ def open_session(
     thresholds: tuple[float, float, float] = (1.0, 0.7, 0.3),
     l2_format: str = "auto",
     rules: CacheRules | None = None,
+    iobinding: bool = True,
 ) -> DecoderSession:
     """Open a decoder model on the CPU.
 
@@ -52,6 +53,8 @@ def open_session(
     rules : CacheRules, optional
         All of it about the caches; kv (unless it is off), recent_window, sink_tokens, thresholds and l2_format are not
         looked at then.
+    iobinding : bool
+        Whether the arrays of a decode step are bound once and used again.
 
     Returns
     -------
@@ -88,7 +91,12 @@ def open_session(
     if rules is None:
         rules = CacheRules(kv, recent_window, sink_tokens, Thresholds(*thresholds), l2_format)
     return CompressedSession(
-        layout, rules=rules, arena=Arena(budget_bytes), threads=threads, prefill_chunk=prefill_chunk
+        layout,
+        rules=rules,
+        arena=Arena(budget_bytes),
+        threads=threads,
+        prefill_chunk=prefill_chunk,
+        iobinding=iobinding,
     )
 
 
@@ -129,4 +137,5 @@ def open_by_policy(
         budget_bytes=policy.io.host_pool_bytes if budget_bytes is None else budget_bytes,
         threads=threads,
         prefill_chunk=prefill_chunk,
+        iobinding=policy.io.enable_iobinding,
     )
