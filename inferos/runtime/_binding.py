@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from inferos.runtime._ort import input_types
 from inferos.runtime._trim import FROM_INPUT
+from inferos.runtime.layout import ModelLayout
 
 __all__ = ["Bindings"]
 
@@ -32,42 +34,35 @@ class Bindings:
     Parameters
     ----------
     session : onnxruntime.InferenceSession
-    types : mapping
-        Numpy types of the inputs.
-    logits, input_ids : str
-        Names in the graph.
-    vocab_size : int
-    last_logits_only : bool
-        Whether the graph gives logits for the last token alone, whatever it is fed.
+        As `of` takes it.
+    layout : ModelLayout
     """
 
-    def __init__(
-        self,
-        session: Any,
-        types: Mapping[str, type[np.generic]],
-        logits: str,
-        input_ids: str,
-        vocab_size: int,
-        *,
-        last_logits_only: bool,
-    ) -> None:
+    def __init__(self, session: Any, layout: ModelLayout) -> None:
+        output = _logits(session, layout)
         self._session = session
-        self._types = types
-        self._logits = logits
-        self._ids = input_ids
-        self._vocab = vocab_size
-        self._last_only = last_logits_only
-        self._half = next(value.type for value in session.get_outputs() if value.name == logits) == "tensor(float16)"
+        self._layout = layout
+        self._types = input_types(session)
+        self._kind = np.float16 if output.type == "tensor(float16)" else np.float32
+        self._vocab = output.shape[2]
         self._ready: dict[tuple[int, int, int], deque[_Bound]] = {}
         self._lock = threading.Lock()
 
+    @classmethod
+    def of(cls, session: Any, layout: ModelLayout) -> Bindings | None:
+        """For a session of the rewritten graph; None where the size of an array cannot be told before a run."""
+        output = _logits(session, layout)
+        stated = len(output.shape) == 3 and isinstance(output.shape[2], int)
+        known = output.type in ("tensor(float)", "tensor(float16)")
+        mask = layout.attention_mask in input_types(session)  # grows with every step
+        return cls(session, layout) if stated and known and not mask else None
+
     def run(self, feeds: Mapping[str, Array], run_options: Any) -> Array | None:
         """Logits (rows, tokens, vocab_size), or None where a run of this shape is not for bindings."""
-        rows, tokens = feeds[self._ids].shape
+        rows, tokens = feeds[self._layout.input_ids].shape
         if tokens > _MOST_TOKENS or rows == 0:
             return None
-        shown = 1 if self._last_only else tokens - feeds[FROM_INPUT].item() if FROM_INPUT in self._types else tokens
-        key = (rows, tokens, shown)
+        key = (rows, tokens, self._shown(feeds, tokens))
         bound = self._take(key) or self._bind(feeds, key)
         try:
             for name, array in bound.inputs:
@@ -76,6 +71,15 @@ class Bindings:
             return bound.output
         finally:
             self._give_back(key, bound)
+
+    def _shown(self, feeds: Mapping[str, Array], tokens: int) -> int:
+        """Tokens of a row that get logits."""
+        layout = self._layout
+        if tokens == 1 or layout.last_logits_only:
+            return 1
+        if layout.logits_to_keep:
+            return 1 if feeds[layout.logits_to_keep].item() else tokens
+        return tokens - int(feeds[FROM_INPUT].item()) if FROM_INPUT in self._types else tokens
 
     # A deque's own methods are atomic, so no lock is needed: a binding that was taken is in no deque.
 
@@ -91,7 +95,7 @@ class Bindings:
             if len(ready) < _READY - 1:
                 ready.append(bound)
                 return None
-            bound.renew(self._logits)
+            bound.renew(self._layout.logits)
         return bound
 
     def _give_back(self, key: tuple[int, int, int], bound: _Bound) -> None:
@@ -106,12 +110,16 @@ class Bindings:
 
     def _bind(self, feeds: Mapping[str, Array], key: tuple[int, int, int]) -> _Bound:
         arrays = [(name, np.array(feeds[name], kind)) for name, kind in self._types.items() if name in feeds]
-        output = np.empty((key[0], key[2], self._vocab), np.float16 if self._half else np.float32)
+        output = np.empty((key[0], key[2], self._vocab), self._kind)
         bound = _Bound(self._session.io_binding(), arrays, output)
         for name, array in arrays:
             bound.binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-        bound.renew(self._logits)
+        bound.renew(self._layout.logits)
         return bound
+
+
+def _logits(session: Any, layout: ModelLayout) -> Any:
+    return next(value for value in session.get_outputs() if value.name == layout.logits)
 
 
 class _Bound:

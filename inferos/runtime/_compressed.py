@@ -78,7 +78,7 @@ class CompressedSession:
     @property
     def trims(self) -> bool:
         """Whether a prompt gives logits for its last token only."""
-        return all(engine.trims for engine in self.routes.prefill)
+        return bool(self.layout.logits_to_keep) or all(engine.trims for engine in self.routes.prefill)
 
     def sequence(self) -> CompressedSequence:
         """A new, empty sequence."""
@@ -334,7 +334,7 @@ class CompressedSequence:
 
     def _feed(self, ids: Ids, *, keep_all: bool) -> Float32:
         session = self.session
-        step = 1 if keep_all and session.layout.last_logits_only else session.prefill_chunk
+        step = session.layout.tokens_per_run(session.prefill_chunk, keep_all=keep_all)
         shown = session.vocab_size if keep_all or not session.trims else 1  # logits per token
         rows = []
         with self.turn() as turn:

@@ -66,7 +66,8 @@ class Runner:
                 return bound
         used = {name: np.asarray(values, self.types[name]) for name, values in feeds.items() if name in self.types}
         logits: npt.NDArray[Any] = self.ort.run(self._outputs, used, run_options)[0]
-        return logits
+        # An export may leave the tokens' axis out or add one; the last is the vocabulary's, the first the rows'.
+        return logits if logits.ndim == 3 else logits.reshape(logits.shape[0], -1, logits.shape[-1])
 
 
 def open_runner(layout: ModelLayout, *, threads: int, iobinding: bool = True) -> Runner:
@@ -88,24 +89,9 @@ def open_runner(layout: ModelLayout, *, threads: int, iobinding: bool = True) ->
     graph, trims = _decoder_graph(layout)
     options = session_options(threads)
     register(options)
-    session = open_ort(graph, options, layout.folder)
-    bindings = bind(session, layout) if iobinding else None
+    session = open_ort(graph, options, layout.model_path.parent)
+    bindings = Bindings.of(session, layout) if iobinding else None
     return Runner(session, layout.logits, trims=trims, bindings=bindings)
-
-
-def bind(session: Any, layout: ModelLayout) -> Bindings | None:
-    """Bindings for a session of the rewritten graph; None where some input's length changes with every step."""
-    types = input_types(session)
-    if layout.attention_mask in types:
-        return None
-    return Bindings(
-        session,
-        types,
-        layout.logits,
-        layout.input_ids,
-        layout.vocab_size,
-        last_logits_only=layout.last_logits_only,
-    )
 
 
 def _decoder_graph(layout: ModelLayout) -> tuple[bytes, bool]:

@@ -44,6 +44,8 @@ def step_inputs(
     }
     if layout.position_ids:
         feeds[layout.position_ids] = lengths[:, None] + np.arange(tokens)
+    if layout.logits_to_keep:
+        feeds[layout.logits_to_keep] = np.array(0 if keep_all else 1)
     if layout.attention_mask in engine.types:  # something besides attention reads it
         feeds[layout.attention_mask] = np.arange(totals.max()) < totals[:, None]
     return feeds
@@ -71,6 +73,8 @@ class OneToken:
         }
         if layout.position_ids:
             self._feeds[layout.position_ids] = self._position
+        if layout.logits_to_keep:
+            self._feeds[layout.logits_to_keep] = np.array(1)
 
     def fill(self, engine: Engine, past: int, handle: int, token: np.int64) -> Feeds:
         """What the step is fed; valid until the next call."""
