@@ -51,6 +51,9 @@ SeedOption = Annotated[int | None, typer.Option("--seed", metavar="N", help="The
 StopOption = Annotated[
     list[str] | None, typer.Option("--stop", metavar="TEXT", help="Ends the answer; may be given several times.")
 ]
+SpeculateOption = Annotated[
+    bool, typer.Option("--speculate", help="Guess tokens from the text so far and check several in one step.")
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,7 @@ class Answering:
     repetition_penalty: PenaltyOption = None
     seed: SeedOption = None
     stop: StopOption = None
+    speculate: SpeculateOption = False
     kv: KvOption = None
     kv_k: KvKOption = None
     kv_v: KvVOption = None
@@ -91,7 +95,7 @@ class Answering:
 
     def of_generate(self) -> dict[str, Any]:
         """Arguments of `Model.generate`, and of `Model.chat`."""
-        names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+        names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "speculate")
         return {**{name: getattr(self, name) for name in names}, "stop": self.stop or ()}
 
     @property

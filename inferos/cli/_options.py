@@ -59,7 +59,8 @@ def _debug(wanted: bool) -> bool:
 
 
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A model folder, or 'reference' for the embedded model.")
+    str,
+    typer.Argument(metavar="MODEL", help="A model folder, an ONNX file, or 'reference' for the embedded model."),
 ]
 KvOption = Annotated[
     str | None,

@@ -78,7 +78,7 @@ class CompressedSession:
     @property
     def trims(self) -> bool:
         """Whether a prompt gives logits for its last token only."""
-        return all(engine.trims for engine in self.routes.prefill)
+        return bool(self.layout.logits_to_keep) or all(engine.trims for engine in self.routes.prefill)
 
     def engine_states(self, role: Role) -> tuple[EngineState, ...]:
         """Engines in the order in which the next step of a role would try them; those that hang come last."""
@@ -198,6 +198,8 @@ class _Step:
         }
         if layout.position_ids:
             feeds[layout.position_ids] = past[:, None] + np.arange(ids.shape[1])
+        if layout.logits_to_keep:
+            feeds[layout.logits_to_keep] = np.array(0 if self._keep_all else 1)
         if layout.attention_mask in engine.types:  # something besides attention reads it
             feeds[layout.attention_mask] = np.arange(totals.max()) < totals[:, None]
         return feeds
@@ -326,7 +328,7 @@ class CompressedSequence:
 
     def _feed(self, ids: Ids, *, keep_all: bool) -> Float32:
         session = self.session
-        step = 1 if keep_all and session.layout.last_logits_only else session.prefill_chunk
+        step = session.layout.tokens_per_run(session.prefill_chunk, keep_all=keep_all)
         shown = session.vocab_size if keep_all or not session.trims else 1  # logits per token
         rows = []
         with self.turn() as turn:

@@ -30,6 +30,7 @@ ORT_ERRORS: tuple[type[Exception], ...] = (
 )
 
 _TYPES: dict[str, type[np.generic]] = {
+    "tensor(bool)": np.bool_,
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
     "tensor(int32)": np.int32,

@@ -44,7 +44,8 @@ class Runner:
         """Logits (rows, tokens, vocab_size); see `Engine.run`."""
         used = {name: np.asarray(values, self.types[name]) for name, values in feeds.items() if name in self.types}
         logits: npt.NDArray[Any] = self.ort.run(self._outputs, used, run_options)[0]
-        return logits
+        # An export may leave the tokens' axis out or add one; the last is the vocabulary's, the first the rows'.
+        return logits if logits.ndim == 3 else logits.reshape(logits.shape[0], -1, logits.shape[-1])
 
 
 def open_runner(layout: ModelLayout, *, threads: int) -> Runner:
@@ -64,7 +65,7 @@ def open_runner(layout: ModelLayout, *, threads: int) -> Runner:
     graph, trims = _decoder_graph(layout)
     options = session_options(threads)
     register(options)
-    return Runner(open_ort(graph, options, layout.folder), layout.logits, trims=trims)
+    return Runner(open_ort(graph, options, layout.model_path.parent), layout.logits, trims=trims)
 
 
 def _decoder_graph(layout: ModelLayout) -> tuple[bytes, bool]:

@@ -47,7 +47,8 @@ class Stopwatch:
 
     def __call__(self) -> float:
         """Seconds of work so far."""
-        return self._before + (self._clock() - self._began if self._began is not None else 0.0)
+        began = self._began  # once: another thread may be working
+        return self._before + (self._clock() - began if began is not None else 0.0)
 
     def __enter__(self) -> Self:
         self._began = self._clock()
@@ -109,8 +110,9 @@ class Row(Run):
 
         Raises StopIteration where none comes any more, but what failed first, if something did.
         """
+        ended = self.ended  # before looking for a token: what comes from another thread comes before the end
         token = self.pop()
-        if token is not None or not self.ended:
+        if token is not None or not ended:
             return token
         self.raise_error()
         raise StopIteration
@@ -391,7 +393,11 @@ class Batch:
         """
         row = self._model._begin(Row, self._together.decoder.seconds, prompt, max_tokens, **options)  # noqa: SLF001
         generation = Generation(RowSource(row, self._together))
-        self._model._track(generation)  # noqa: SLF001
+        try:
+            self._model._track(generation)  # noqa: SLF001
+        except BaseException:
+            row.end()
+            raise
         self._together.add(row)
         self._rows.append(row)
         self._generations.append(generation)

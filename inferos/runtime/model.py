@@ -39,6 +39,7 @@ from inferos.runtime.prompts import (
 from inferos.runtime.protocols import DecoderSession, FollowsRules, Ids, RequestObserver, Role
 from inferos.runtime.run import Alone, Run
 from inferos.runtime.sampler import MAX_SEED, Sampler, SamplingOptions
+from inferos.runtime.speculation import PromptLookup, SpeculationGate
 from inferos.runtime.stop_texts import check_stops
 from inferos.runtime.tokenizer import TextTokenizer, read_json
 
@@ -46,31 +47,32 @@ __all__ = ["DEFAULT_MAX_TOKENS", "Model", "Prompt", "load", "resolve_model"]
 
 P = TypeVar("P", bound=PromptInList)
 R = TypeVar("R", bound=Run)
+Prepared = tuple[Sampler, Limits, SpeculationGate | None]  # the options of a generation, checked
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 def resolve_model(model: str | Path) -> Path:
-    """The folder a MODEL argument stands for.
+    """The folder or the ONNX file a MODEL argument stands for.
 
     Parameters
     ----------
     model : str or Path
-        "reference" is the embedded model, built on first use; anything else is the path of a folder.
+        "reference" is the embedded model, built on first use; anything else is the path of a folder or an ONNX file.
 
     Raises
     ------
     ModelError
-        If it is no folder.
+        If it is neither.
     """
     if model == "reference":
         from inferos.runtime.reference import reference_folder
 
         return reference_folder()
     path = Path(model).expanduser()
-    if not path.is_dir():
+    if not path.is_dir() and not (path.is_file() and path.suffix == ".onnx"):
         what = "a file" if path.exists() else "not there"
-        raise ModelError(f"model: {str(model)!r} is {what}; wanted a model's folder, or reference")
+        raise ModelError(f"model: {str(model)!r} is {what}; wanted a model's folder, an ONNX file, or reference")
     return path
 
 
@@ -89,7 +91,8 @@ def load(
     Parameters
     ----------
     model : str or Path
-        A folder of an onnxruntime-genai model, as exported or rewritten; "reference" is the embedded one.
+        A folder of onnxruntime-genai, optimum or transformers.js, or one ONNX file, as exported or rewritten;
+        "reference" is the embedded model.
     kv : str
         What older tokens are kept in: f16, int8, k8v4 or int4; auto leaves it to the policy; off is ONNX Runtime's
         own uncompressed cache.
@@ -115,7 +118,8 @@ def load(
     ConfigError
         If an option is unknown or out of range.
     ModelError, UnsupportedError
-        If the folder holds no usable decoder model, or one whose attention cannot be rewritten.
+        If there is no usable decoder model, or one whose attention cannot be rewritten; `kv="off"` takes any attention
+        whose past it can feed.
     """
     from inferos.runtime.layout import read_layout
     from inferos.runtime.session import open_by_policy
@@ -123,7 +127,7 @@ def load(
     rules = load_policy(policy)
     word = check_kv(kv)
     budget = None if budget_bytes is None else parse_size(budget_bytes)
-    layout = read_layout(resolve_model(model))
+    layout = read_layout(resolve_model(model), stock=word == "off")
     session = open_by_policy(
         layout,
         word,
@@ -327,6 +331,9 @@ class Model:
         cancel : threading.Event or alike, optional
             Looked at before every step and between two chunks of the prompt.
         tools : JSON schemas of functions, for the chat template
+        speculate : bool, default False
+            Guess tokens from what the text did before, and check several guesses in one step: faster where the text
+            repeats itself. What is drawn stays what it was. `inferos.runtime.speculation` says when it pauses.
 
         Returns
         -------
@@ -353,10 +360,14 @@ class Model:
             return generation
         batch = self.batch()
         first = options.get("seed")
-        for number, one in enumerate(prompt):
-            if isinstance(first, int):
-                options["seed"] = (first + number) & MAX_SEED
-            batch.add(one, max_tokens, **options)
+        try:
+            for number, one in enumerate(prompt):
+                if isinstance(first, int):
+                    options["seed"] = (first + number) & MAX_SEED
+                batch.add(one, max_tokens, **options)
+        except BaseException:
+            batch.close()  # now: the traceback holds it
+            raise
         return batch
 
     def batch(self, max_rows: int = MAX_ROWS) -> Batch:
@@ -367,10 +378,7 @@ class Model:
         max_rows : int
             Rows decoded together at most; further ones wait till one has ended.
         """
-        self._check_open()
-        decoder = BatchDecoder(self.session, max_rows=max_rows, prefill_tokens=self._prefill_chunk, clock=self._clock)
-        self._memory.watch(decoder)
-        return Batch(self, decoder)
+        return Batch(self, self._decoder(max_rows))
 
     def chat(self, system: str | None = None, **options: Any) -> Conversation:
         """A conversation that keeps its cache between turns.
@@ -424,14 +432,19 @@ class Model:
     @cached_property
     def _search(self) -> dict[str, Any]:
         """The folder's search defaults, if they ask for sampling."""
-        found = read_json(self.folder / "genai_config.json").get("search") if self.folder is not None else None
+        found: object = None
+        file = "genai_config.json: search."
+        if self.folder is not None:
+            found = read_json(self.folder / "genai_config.json").get("search")
+            if found is None:
+                file, found = "generation_config.json: ", read_json(self.folder / "generation_config.json")
         if not isinstance(found, dict) or found.get("do_sample") is not True:
             return {}
         wanted = {name: found[name] for name in _SAMPLING if found.get(name) is not None}
         try:
             SamplingOptions(**wanted)
         except ConfigError as error:
-            raise ModelError(f"genai_config.json: search.{error}") from error
+            raise ModelError(f"{file}{error}") from error
         return {"temperature": 1.0, **wanted}
 
     def _prepare(
@@ -443,8 +456,9 @@ class Model:
         ignore_eos: bool = False,
         cancel: Cancel | None = None,
         seed: int | None = None,
+        speculate: bool = False,
         **sampling: float | None,
-    ) -> tuple[Sampler, Limits]:
+    ) -> Prepared:
         """The options of a generation, checked."""
         self._check_open()
         unknown = set(sampling) - set(_SAMPLING)
@@ -465,9 +479,14 @@ class Model:
             special = self.tokenizer.special_tokens
             ends.update(special[text] for text in texts if text in special)
             texts = tuple(text for text in texts if text not in special)
-        return Sampler(options), Limits(
-            count, frozenset(ends), texts, cancel, budget_ends=self.policy.kv.overflow == "stop"
-        )
+        limits = Limits(count, frozenset(ends), texts, cancel, budget_ends=self.policy.kv.overflow == "stop")
+        return Sampler(options), limits, self._speculation() if speculate else None
+
+    def _speculation(self) -> SpeculationGate:
+        layout = getattr(self.session, "layout", None)
+        if layout is not None and layout.last_logits_only:
+            raise ConfigError("speculate: the model gives logits of its last token only, so no draft can be checked")
+        return SpeculationGate(self.policy.quality.min_accept_rate, PromptLookup())
 
     def _follow(self, policy: Policy) -> None:
         """Bring a policy into force. Before the first change a fixed format that it chose is kept as such."""
@@ -480,6 +499,12 @@ class Model:
     def _cache(self) -> CachedTokens:
         return CachedTokens(self.session, self._prefill_chunk)
 
+    def _decoder(self, max_rows: int) -> BatchDecoder:
+        self._check_open()
+        decoder = BatchDecoder(self.session, max_rows=max_rows, prefill_tokens=self._prefill_chunk, clock=self._clock)
+        self._memory.watch(decoder)
+        return decoder
+
     def _begin(
         self,
         kind: type[R],
@@ -491,14 +516,14 @@ class Model:
         **options: Any,
     ) -> R:
         """A run of its own cache, which its end frees."""
-        sampler, limits = self._prepare(are_messages(prompt), max_tokens, **options)
+        prepared = self._prepare(are_messages(prompt), max_tokens, **options)
         ids = self.prompt_ids(prompt, tools=tools)
         cached = self._cache()
 
         def end(_run: Run, _error: BaseException | None) -> None:
             cached.sequence.close()
 
-        return self._run(kind, clock, cached, ids, sampler, limits, end)
+        return self._run(kind, clock, cached, ids, prepared, end)
 
     def _run(
         self,
@@ -506,8 +531,7 @@ class Model:
         clock: Callable[[], float],
         cached: CachedTokens,
         ids: Ids,
-        sampler: Sampler,
-        limits: Limits,
+        prepared: Prepared,
         on_end: Callable[[Run, BaseException | None], None],
     ) -> R:
         def ended(run: Run, error: BaseException | None) -> None:
@@ -515,21 +539,21 @@ class Model:
             if self.observer is not None and error is None:
                 self.observer.finished(ids, cached.ids[len(ids) :])
 
+        sampler, limits, speculation = prepared
         has_text = self.folder is not None and (self.folder / "tokenizer.json").is_file()
         stream = self.tokenizer.stream(ids) if has_text else None
-        loop = DecodeLoop(cached, ids, sampler, limits, self.context_length, stream, clock)
+        loop = DecodeLoop(cached, ids, sampler, limits, self.context_length, stream, clock, speculation)
         return kind(loop, ended, clock)
 
     def _start(
         self,
         cached: CachedTokens,
         ids: Ids,
-        sampler: Sampler,
-        limits: Limits,
+        prepared: Prepared,
         on_end: Callable[[Run, BaseException | None], None],
     ) -> Generation:
         """A generation over a cache that its caller keeps."""
-        generation = Generation(Alone(self._run(Run, self._clock, cached, ids, sampler, limits, on_end)))
+        generation = Generation(Alone(self._run(Run, self._clock, cached, ids, prepared, on_end)))
         self._track(generation)
         return generation
 

@@ -45,6 +45,7 @@ class GenerateOptions(TypedDict, total=False):
     ignore_eos: bool
     cancel: Cancel | None
     tools: Sequence[Mapping[str, Any]] | None
+    speculate: bool
 
 
 def are_messages(prompt: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from inferos.config import Policy, Thresholds
-from inferos.errors import ConfigError
+from inferos.errors import ConfigError, UnsupportedError
 from inferos.runtime.cache_rules import CacheRules
 from inferos.runtime.layout import ModelLayout, read_layout
 from inferos.runtime.protocols import DecoderSession
@@ -31,7 +31,7 @@ def open_session(
     Parameters
     ----------
     model : path or ModelLayout
-        An onnxruntime-genai folder, as exported or rewritten.
+        As `inferos.runtime.layout.read_layout`, as exported or rewritten.
     kv : str
         What a block becomes when it leaves the recent window: f16, int8, k8v4, int4 or auto; off = stock attention
         with ONNX Runtime's own FP32 or FP16 cache.
@@ -75,7 +75,7 @@ def open_session(
     ):
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
             raise ConfigError(f"{name}: {value!r} is not a whole number of at least {low}")
-    layout = model if isinstance(model, ModelLayout) else read_layout(model)
+    layout = model if isinstance(model, ModelLayout) else read_layout(model, stock=kv == "off")
     # onnxruntime arrives with the first session, not with this module.
     if kv == "off":
         from inferos.runtime._stock import StockSession
@@ -83,6 +83,8 @@ def open_session(
         if layout.rewritten:
             raise ConfigError(f"kv: 'off' needs the model as exported; {layout.folder} holds a rewritten one")
         return StockSession(layout, threads=threads, prefill_chunk=prefill_chunk)
+    if layout.refused:
+        raise UnsupportedError(layout.refused)
     from inferos.runtime._compressed import CompressedSession
 
     if rules is None:
@@ -121,7 +123,7 @@ def open_by_policy(
     ModelError, UnsupportedError
         As `open_session`.
     """
-    layout = model if isinstance(model, ModelLayout) else read_layout(model)
+    layout = model if isinstance(model, ModelLayout) else read_layout(model, stock=kv == "off")
     return open_session(
         layout,
         kv="off" if kv == "off" else "auto",

@@ -188,7 +188,7 @@ def test_evals_recall_tasks_are_those_of_the_generator() -> None:
 
 
 def test_a_rewritten_folder_is_measured_against_fp16(tmp_path: Path) -> None:
-    written = call("rewrite", "reference", "--out", tmp_path / "model", "--json", "-")
+    written = call("rewrite", "reference", tmp_path / "model", "--json", "-")
     assert written.exit_code == 0, written.output
     report = json.loads(written.stdout)
     assert report["changed"] is True
@@ -199,7 +199,7 @@ def test_a_rewritten_folder_is_measured_against_fp16(tmp_path: Path) -> None:
     assert report["environment"]["measurement"]["baseline"] == "f16"
     assert report["rows"][0]["kld_mean"] is None
     assert report["rows"][1]["kld_mean"] is not None
-    again = call("rewrite", "reference", "--out", tmp_path / "model", "--json", "-")
+    again = call("rewrite", "reference", tmp_path / "model", "--json", "-")
     assert json.loads(again.stdout)["changed"] is False
 
 
