@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <numeric>
 #include <span>
 #include <vector>
 
@@ -14,9 +15,9 @@ using kernels::BlockView;
 using kernels::Format;
 using kernels::kBlockTokens;
 
-constexpr std::size_t kBlocks = 4;   // of a head
-constexpr std::size_t kQueries = 4;  // of the newest 64
-constexpr std::size_t kStride = 16;
+constexpr std::size_t kBlocks = 8;    // of a head
+constexpr std::size_t kQueries = 16;  // of the newest 64
+constexpr std::size_t kStride = 4;
 
 struct Sample {
   Format format;
@@ -109,18 +110,25 @@ std::optional<kv::KeyError> int4_error(const RowPlan& row, const Shape& shape, E
   }
   if (std::all_of(weights.begin(), weights.end(), [](double weight) { return weight == 0.0; })) return std::nullopt;
   kv::KeyError found{};
+  std::vector<double> mean(wide.out.size());
   for (std::size_t i = 0; i < kQueries && i * kStride < row.tokens; ++i) {
     const std::size_t token = row.tokens - 1 - i * kStride;
     wide.attend(row, token, shape, executor);
     narrow.attend(row, token, shape, executor);
     for (std::size_t c = 0; c < wide.out.size(); ++c) {
       const double weight = weights[c / shape.d / shape.group];
+      if (weight == 0.0) continue;
       const double whole = wide.out[c];
       const double moved = static_cast<double>(narrow.out[c]) - whole;
       found.moved += weight * moved * moved;
-      if (weight > 0.0) found.whole += whole * whole;
+      found.whole += whole * whole;
+      mean[c] += whole;
     }
+    found.queries += 1;
   }
+  const auto queries = static_cast<double>(found.queries);
+  const double common = std::inner_product(mean.begin(), mean.end(), mean.begin(), 0.0) / queries;
+  found.spread = std::max(found.whole - common, 0.0) * queries / std::max(queries - 1.0, 1.0);
   return found;
 }
 

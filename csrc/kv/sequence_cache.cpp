@@ -391,7 +391,7 @@ bool SequenceCache::wants_key_check(std::size_t layer) const {
   if (!s.options.policy || !s.options.policy->check_keys || s.options.formats[layer] != Format::kInt4) return false;
   const Grid& grid = s.grid(layer);
   return s.has_appended(layer) && grid.size() != 0 && grid[0].finished() &&
-         s.keys[layer].is_due(s.length + s.step.tokens);
+         s.keys[layer].is_due(s.length + s.step.tokens, s.step.tokens);
 }
 
 void SequenceCache::keys_checked(std::size_t layer, const KeyError& error) noexcept {
