@@ -374,6 +374,12 @@ void SequenceCache::mass_folded(std::size_t layer) noexcept {
   s.scores[layer].folded(s.grid(layer), s.length + s.step.tokens);
 }
 
+double SequenceCache::mass_at(std::size_t layer, std::size_t head, std::int64_t position) const {
+  const State& s = *state_;
+  s.check_layer("mass_at", layer);
+  return s.scores.empty() ? -1.0 : s.scores[layer].mass(s.grid(layer), head, s.grid(layer).find(position));
+}
+
 double SequenceCache::score(std::size_t layer, std::size_t head, std::size_t index) const {
   const State& s = *state_;
   s.check_layer("score", layer);
