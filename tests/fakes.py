@@ -87,7 +87,7 @@ class FakeSequence:
 
 
 class FakeSession:
-    """A session of `FakeSequence`; `sequences` lists every one it made."""
+    """A session of `FakeSequence`; `sequences` lists every one it made, `steps` the rows of every step."""
 
     kv = "int8"
 
@@ -101,6 +101,7 @@ class FakeSession:
         self.others = np.zeros(vocab_size, np.float32)
         self.oldest = 0
         self.sequences: list[FakeSequence] = []
+        self.steps: list[int] = []
 
     def before_feed(self, ids: Ids) -> None:
         """Called in every feed before anything changes."""
@@ -109,7 +110,15 @@ class FakeSession:
         return FakeSequence(self)
 
     def step(self, sequences: Sequence[TokenSequence], ids: Ids) -> Float32:
-        return np.stack([s.feed(ids[i : i + 1]) for i, s in enumerate(sequences)])
+        rows = [row for row in sequences if isinstance(row, FakeSequence)]
+        before = [row.length for row in rows]
+        self.steps.append(len(rows))
+        try:
+            return np.stack([row.feed(ids[i : i + 1]) for i, row in enumerate(rows)])
+        except BaseException:
+            for row, length in zip(rows, before, strict=True):
+                del row.ids[length:]
+            raise
 
 
 class FailingSession(FakeSession):

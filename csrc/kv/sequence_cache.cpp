@@ -342,7 +342,9 @@ void SequenceCache::commit() {
   const bool decoded = s.step.tokens == 1;  // during prefill no block goes below what it became on leaving the window
   s.step = Step{};
   for (std::size_t i = 0; i < s.layers.size(); ++i) {
-    if (s.slides(i)) s.layers[i].forget_before(s.grids[1], s.length - s.options.layers[i].local_window);
+    if (s.slides(i)) {
+      s.layers[i].forget_before(s.grids[1], s.length - s.options.layers[i].local_window - kRewindReserve);
+    }
     if (s.scores.empty()) continue;
     s.scores[i].forget_before(s.layers[i].first());
     s.reviews[i].forget_before(s.layers[i].first());

@@ -5,7 +5,9 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <string>
 
+#include "core/instances.hpp"
 #include "ort/compressed_attention.hpp"
 #include "ort/infer_shape.hpp"
 
@@ -113,7 +115,7 @@ Registration& registration(const ApiEntry* table) {
 }  // namespace
 }  // namespace inferos::ort
 
-// Error (a status) where this ONNX Runtime is older than 1.18. Thread-safe.
+// Error (a status) where this ONNX Runtime is older than 1.18, or another copy of this library was loaded before. Thread-safe.
 extern "C" INFEROS_EXPORT inferos::ort::Status* RegisterCustomOps(inferos::ort::SessionOptions* options,
                                                                   const inferos::ort::ApiBase* base) {
   using namespace inferos::ort;
@@ -121,6 +123,13 @@ extern "C" INFEROS_EXPORT inferos::ort::Status* RegisterCustomOps(inferos::ort::
   if (!table) return Api(base->get_api(1)).status("inferos needs ONNX Runtime 1.18 or newer");
   const Api api(table);
   try {
+    // Sequences that were opened in one copy are unknown to the other: better said here than at the first step.
+    if (const std::string first = inferos::earlier_copy(); !first.empty()) {
+      const std::string what =
+          "libinferos is in this process already, as " + first +
+          "; a second copy would not know its sequences. Write the model's folder again: inferos rewrite";
+      return api.status(what.c_str());
+    }
     api.checked<ApiIndex::kAddCustomOpDomain>(options, registration(table).domain);
     return nullptr;
   } catch (const std::exception& error) {

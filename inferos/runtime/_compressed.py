@@ -20,7 +20,10 @@ from inferos.runtime._reviews import QualitySource, Reviews
 from inferos.runtime._runner import open_runner
 from inferos.runtime._trim import FROM_INPUT
 from inferos.runtime.cache_rules import CacheRules
+from inferos.runtime.failover import RobustFallbackManager
+from inferos.runtime.failover.steps import StepFailover
 from inferos.runtime.layout import HANDLE_INPUT, LENGTHS_INPUT, TOTAL_INPUT, ModelLayout
+from inferos.runtime.placer import Placer
 from inferos.runtime.protocols import Engine, Float32, Ids, Role, TokenSequence
 from inferos.runtime.routes import Routes
 
@@ -33,7 +36,8 @@ class CompressedSession:
     `rules` may be replaced at any time: new sequences are opened by them, and open ones follow from their next review
     on, as far as an open cache can: its sinks, its scorer and a fixed format stay. `measured_delta_ppl` is asked for
     the newest measured delta PPL before a review whose thresholds move. `routes` are the engines that run its steps;
-    one on the CPU unless given.
+    one on the CPU unless given, and a `placer` changes their order; `failover` runs a step on the next one where one
+    fails.
 
     Thread-safe over different sequences; a sequence is used by one thread at a time (`BusyError` otherwise).
     """
@@ -47,14 +51,17 @@ class CompressedSession:
         threads: int,
         prefill_chunk: int,
         routes: Routes | None = None,
+        failover: StepFailover | None = None,
     ) -> None:
         self.layout = layout
         self.arena = arena
         self.prefill_chunk = prefill_chunk
         self.rules = rules
         self.measured_delta_ppl: QualitySource = lambda: None
+        self.placer: Placer | None = None
         self.sequence().close()  # wrong options show here, before the weights are read
         self.routes = Routes([open_runner(layout, threads=threads)]) if routes is None else routes
+        self.failover = StepFailover(RobustFallbackManager()) if failover is None else failover
 
     @property
     def kv(self) -> str:
@@ -74,7 +81,8 @@ class CompressedSession:
     @property
     def trims(self) -> bool:
         """Whether a prompt gives logits for its last token only."""
-        return all(engine.trims for engine in self.routes.prefill)
+        # Of the engines only the first is asked: those behind it may not be open.
+        return bool(self.layout.logits_to_keep) or self.routes.prefill[0].trims
 
     def sequence(self) -> CompressedSequence:
         """A new, empty sequence."""
@@ -101,6 +109,12 @@ class CompressedSession:
         other.rules = self.rules if kv is None else replace(self.rules, kv=kv)
         other.arena = Arena(budget_bytes)
         other.sequence().close()
+        return other
+
+    def apart(self, engine: Engine) -> CompressedSession:
+        """The same model on one engine alone, over uncompressed caches that take nothing from this session's budget."""
+        other = self.beside(kv="f16")
+        other.routes = Routes([engine])
         return other
 
     def step(self, sequences: Collection[TokenSequence], ids: Ids) -> Float32:
@@ -142,14 +156,27 @@ class CompressedSession:
             What failed inside the cache; ProviderError for everything else. The step is dropped.
         """
         role: Role = "decode" if keep_all or ids.shape[1] == 1 else "prefill"
-        engine = self.routes.of(role)[0]
+        step = _Step(self.layout, turns, ids, keep_all=keep_all)
+        engines = self.routes.of(role)
+        if len(engines) > 1:
+            return self.failover.run(engines, step)
         try:
-            return engine.run(self._feeds(engine, turns, ids, keep_all=keep_all))
+            return engines[0].run(step.feeds(engines[0]))
         except ORT_ERRORS as error:
             raise _typed(turns, error) from error
 
-    def _feeds(self, engine: Engine, turns: list[Turn], ids: Ids, *, keep_all: bool) -> dict[str, npt.NDArray[Any]]:
-        layout = self.layout
+
+class _Step:
+    """A `Step` of rows that are in use; ids (rows, tokens)."""
+
+    def __init__(self, layout: ModelLayout, turns: list[Turn], ids: Ids, *, keep_all: bool) -> None:
+        self._layout = layout
+        self._turns = turns
+        self._ids = ids
+        self._keep_all = keep_all
+
+    def feeds(self, engine: Engine) -> dict[str, npt.NDArray[Any]]:
+        layout, turns, ids = self._layout, self._turns, self._ids
         past = np.array([turn.past for turn in turns])
         totals = past + ids.shape[1]
         feeds: dict[str, npt.NDArray[Any]] = {
@@ -157,13 +184,22 @@ class CompressedSession:
             LENGTHS_INPUT: totals - 1,
             TOTAL_INPUT: totals.max(),
             HANDLE_INPUT: np.array([turn.handle for turn in turns]),
-            FROM_INPUT: np.array([0 if keep_all else ids.shape[1] - 1]),
+            FROM_INPUT: np.array([0 if self._keep_all else ids.shape[1] - 1]),
         }
         if layout.position_ids:
             feeds[layout.position_ids] = past[:, None] + np.arange(ids.shape[1])
+        if layout.logits_to_keep:
+            feeds[layout.logits_to_keep] = np.array(0 if self._keep_all else 1)
         if layout.attention_mask in engine.types:  # something besides attention reads it
             feeds[layout.attention_mask] = np.arange(totals.max()) < totals[:, None]
         return feeds
+
+    def typed(self, error: Exception) -> InferosError:
+        return _typed(self._turns, error)
+
+    def forsaken(self) -> None:
+        for turn in self._turns:
+            turn.sequence.take_from_run(turn)
 
 
 class Turn:
@@ -265,6 +301,13 @@ class CompressedSequence:
         """Whether the turn may still write."""
         return self._turn is turn
 
+    def take_from_run(self, turn: Turn) -> None:
+        """Go on with the turn under a new handle, at the committed length; a run under the old one cannot write."""
+        with self._guard:
+            if self._turn is turn:  # else closed or abandoned, which does the same
+                self.cache.abandon()
+                turn.handle = self.cache.handle
+
     def commit(self, turn: Turn) -> None:
         """Make the step of a run that succeeded part of the sequence."""
         with self._guard:
@@ -275,7 +318,7 @@ class CompressedSequence:
 
     def _feed(self, ids: Ids, *, keep_all: bool) -> Float32:
         session = self.session
-        step = 1 if keep_all and session.layout.last_logits_only else session.prefill_chunk
+        step = session.layout.tokens_per_run(session.prefill_chunk, keep_all=keep_all)
         shown = session.vocab_size if keep_all or not session.trims else 1  # logits per token
         rows = []
         with self.turn() as turn:

@@ -11,6 +11,7 @@ from inferos.errors import BusyError, ClosedError
 from inferos.runtime.chat import Message, check_messages
 from inferos.runtime.decode_loop import CachedTokens
 from inferos.runtime.generate import Generation
+from inferos.runtime.run import Run
 
 if TYPE_CHECKING:
     from inferos.runtime.model import Model
@@ -70,22 +71,22 @@ class Conversation:
         model, before = self._model, list(self._messages)
         chosen = {**self._options, **options}
         tools = chosen.pop("tools", None)
-        sampler, limits = model._prepare(True, **chosen)  # noqa: SLF001 - a part of Model
+        prepared = model._prepare(True, **chosen)  # noqa: SLF001 - a part of Model
         messages = [*before, *_as_messages(content)]
         ids = model.prompt_ids(messages, tools=tools)
         if self._cached is None:
             self._cached = model._cache()  # noqa: SLF001
         self._messages = messages
 
-        def end(generation: Generation, error: BaseException | None) -> None:
-            if error is not None or (generation.tokens == 0 and generation.finish_reason in ("cancelled", "budget")):
+        def end(run: Run, error: BaseException | None) -> None:
+            if error is not None or (run.tokens == 0 and run.finish_reason in ("cancelled", "budget")):
                 self._messages = before
             else:
-                self._messages.append({"role": "assistant", "content": generation.text})
+                self._messages.append({"role": "assistant", "content": run.text})
             if self._closed and self._cached is not None:
                 self._cached.sequence.close()
 
-        generation = model._start(self._cached, ids, sampler, limits, end)  # noqa: SLF001
+        generation = model._start(self._cached, ids, prepared, end)  # noqa: SLF001
         self._running = weakref.ref(generation)
         return generation
 

@@ -11,56 +11,67 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar, Unpack, overload
 
 import numpy as np
-import numpy.typing as npt
 
 from inferos.config import Policy, check_kv, load_policy, parse_size
-from inferos.errors import ClosedError, ConfigError, ContextError, ModelError, ShapeError
+from inferos.devices.placement import Placement, asked_for
+from inferos.errors import ClosedError, ConfigError, ContextError, ModelError
 from inferos.kv.policy import PolicyStore, PolicyVersion
+from inferos.runtime.batch import MAX_ROWS, Batch, BatchDecoder
 from inferos.runtime.cache_rules import CacheRules
-from inferos.runtime.chat import ChatTemplate, Message, find_template
+from inferos.runtime.chat import ChatTemplate, find_template
 from inferos.runtime.conversation import Conversation
-from inferos.runtime.decode_loop import CachedTokens, Cancel, Limits
+from inferos.runtime.decode_loop import CachedTokens, Cancel, DecodeLoop, Limits
 from inferos.runtime.effective import EffectivePolicy, describe_policy
 from inferos.runtime.generate import Generation
+from inferos.runtime.prompts import (
+    DEFAULT_MAX_TOKENS,
+    GenerateOptions,
+    Prompt,
+    PromptInList,
+    are_messages,
+    are_prompts,
+    checked_ids,
+)
 from inferos.runtime.protocols import DecoderSession, FollowsRules, Ids, RequestObserver
-from inferos.runtime.sampler import Sampler, SamplingOptions
+from inferos.runtime.run import Alone, Run
+from inferos.runtime.sampler import MAX_SEED, Sampler, SamplingOptions
+from inferos.runtime.speculation import PromptLookup, SpeculationGate
 from inferos.runtime.stop_texts import check_stops
 from inferos.runtime.tokenizer import TextTokenizer, read_json
 
 __all__ = ["DEFAULT_MAX_TOKENS", "Model", "Prompt", "load", "resolve_model"]
 
-DEFAULT_MAX_TOKENS = 256
-
-Prompt = str | Sequence[int] | npt.NDArray[np.integer[Any]] | Sequence[Message]
-"""A text, ids (tokens,), or messages for the model's chat template."""
+P = TypeVar("P", bound=PromptInList)
+R = TypeVar("R", bound=Run)
+Prepared = tuple[Sampler, Limits, SpeculationGate | None]  # the options of a generation, checked
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 def resolve_model(model: str | Path) -> Path:
-    """The folder a MODEL argument stands for.
+    """The folder or the ONNX file a MODEL argument stands for.
 
     Parameters
     ----------
     model : str or Path
-        "reference" is the embedded model, built on first use; anything else is the path of a folder.
+        "reference" is the embedded model, built on first use; anything else is the path of a folder or an ONNX file.
 
     Raises
     ------
     ModelError
-        If it is no folder.
+        If it is neither.
     """
     if model == "reference":
         from inferos.runtime.reference import reference_folder
 
         return reference_folder()
     path = Path(model).expanduser()
-    if not path.is_dir():
+    if not path.is_dir() and not (path.is_file() and path.suffix == ".onnx"):
         what = "a file" if path.exists() else "not there"
-        raise ModelError(f"model: {str(model)!r} is {what}; wanted a model's folder, or reference")
+        raise ModelError(f"model: {str(model)!r} is {what}; wanted a model's folder, an ONNX file, or reference")
     return path
 
 
@@ -78,7 +89,8 @@ def load(
     Parameters
     ----------
     model : str or Path
-        A folder of an onnxruntime-genai model, as exported or rewritten; "reference" is the embedded one.
+        A folder of onnxruntime-genai, optimum or transformers.js, or one ONNX file, as exported or rewritten;
+        "reference" is the embedded model.
     kv : str
         What older tokens are kept in: f16, int8, k8v4 or int4; auto leaves it to the policy; off is ONNX Runtime's
         own uncompressed cache.
@@ -101,7 +113,8 @@ def load(
     ConfigError
         If an option is unknown or out of range.
     ModelError, UnsupportedError
-        If the folder holds no usable decoder model, or one whose attention cannot be rewritten.
+        If there is no usable decoder model, or one whose attention cannot be rewritten; `kv="off"` takes any attention
+        whose past it can feed.
     """
     from inferos.runtime.layout import read_layout
     from inferos.runtime.session import open_by_policy
@@ -109,7 +122,7 @@ def load(
     rules = load_policy(policy)
     word = check_kv(kv)
     budget = None if budget_bytes is None else parse_size(budget_bytes)
-    layout = read_layout(resolve_model(model))
+    layout = read_layout(resolve_model(model), stock=word == "off")
     session = open_by_policy(
         layout,
         word,
@@ -227,7 +240,39 @@ class Model:
             getattr(self.session, "rules", None),
             word=self._word,
             budget_bytes=None if arena is None else arena.stats().budget_bytes,
+            placement=self.placement,
         )
+
+    @property
+    def placement(self) -> Placement | None:
+        """The devices that prefill and decode, and why; None where the session runs on the processor only."""
+        placer = getattr(self.session, "placer", None)
+        return None if placer is None else placer.placement
+
+    def place(self, *, prefill: str | None = None, decode: str | None = None, reason: str = "placed") -> int:
+        """Move prefill or decode to another device, from the next step on; the new policy's number.
+
+        The same as setting `scheduler.mode` hybrid and its devices in the policy. Sequences that are open go on with
+        the caches they have.
+
+        Parameters
+        ----------
+        prefill, decode : str, optional
+            cpu, gpu, dml, npu or auto; one that is not given stays.
+        reason : str
+            For the history.
+
+        Raises
+        ------
+        ConfigError
+            If a word is unknown.
+        """
+        changes = {"mode": "hybrid"}
+        _, *words = asked_for(self.policy)
+        for name, word, now in (("prefill_device", prefill, words[0]), ("decode_device", decode, words[1])):
+            wanted = now if word is None else word
+            changes[name] = "dml" if wanted == "gpu" else wanted
+        return self.set_policy({"scheduler": changes}, reason)
 
     def watch_quality(self, source: Callable[[], float | None]) -> None:
         """Let mode dynamic follow a measured quality: `source` gives the newest delta PPL, or None.
@@ -260,51 +305,57 @@ class Model:
         folder = self.tokenizer.folder
         return ChatTemplate(find_template(folder), self.tokenizer.named_tokens)
 
+    @overload
+    def generate(
+        self, prompt: Prompt, max_tokens: int = DEFAULT_MAX_TOKENS, **options: Unpack[GenerateOptions]
+    ) -> Generation: ...
+
+    @overload
+    def generate(
+        self, prompt: list[P] | tuple[P, ...], max_tokens: int = DEFAULT_MAX_TOKENS, **options: Unpack[GenerateOptions]
+    ) -> Batch: ...
+
     def generate(
         self,
-        prompt: Prompt,
+        prompt: Prompt | list[P] | tuple[P, ...],
         max_tokens: int = DEFAULT_MAX_TOKENS,
-        *,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
-        ignore_eos: bool = False,
-        cancel: Cancel | None = None,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-    ) -> Generation:
-        """Continue a prompt.
+        **options: Unpack[GenerateOptions],
+    ) -> Generation | Batch:
+        """Continue a prompt, or several together.
 
         Parameters
         ----------
-        prompt : text, ids (tokens,) or messages
-            Messages go through the model's chat template.
+        prompt : text, ids (tokens,), messages, or a list or tuple of these
+            Messages go through the model's chat template. In a list of prompts each is a text, a list, tuple or array
+            of ids, or a list of messages.
         max_tokens : int
-            Tokens at most.
+            Tokens at most; of each prompt.
         temperature, top_k, top_p, min_p, repetition_penalty, seed
             As `SamplingOptions`. What is not given comes from the folder's search defaults where these ask for
-            sampling (`do_sample`), and is greedy otherwise.
+            sampling (`do_sample`), and is greedy otherwise. Of several prompts, number i (from 0) draws with
+            seed + i.
         stop : texts that end the generation and are never given out, not even across tokens
         ignore_eos : bool, default False
             Go on after the model's end-of-text token, for measurements.
         cancel : threading.Event or alike, optional
             Looked at before every step and between two chunks of the prompt.
         tools : JSON schemas of functions, for the chat template
+        speculate : bool, default False
+            Guess tokens from what the text did before, and check several guesses in one step: faster where the text
+            repeats itself. What is drawn stays what it was. `inferos.runtime.speculation` says when it pauses.
 
         Returns
         -------
-        Generation
-            An iterator of `Token`, and the figures of the run.
+        Generation or Batch
+            An iterator of `Token`, and the figures of the run; for several prompts a `Batch` of them, of which
+            `batch.MAX_ROWS` are decoded together.
 
         Raises
         ------
         ConfigError
-            If an option or the prompt is of the wrong form.
+            If an option or a prompt is of the wrong form.
         ContextError
-            If the prompt is longer than the model's context.
+            If a prompt is longer than the model's context.
         ShapeError
             If ids are not one row of integers of the vocabulary.
         TemplateError
@@ -312,26 +363,31 @@ class Model:
         ClosedError
             If the model is closed.
         """
-        sampler, limits = self._prepare(
-            _are_messages(prompt),
-            max_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-            stop=stop,
-            ignore_eos=ignore_eos,
-            cancel=cancel,
-        )
-        ids = self.prompt_ids(prompt, tools=tools)
-        cached = self._cache()
+        if not are_prompts(prompt):
+            generation = Generation(Alone(self._begin(Run, self._clock, prompt, max_tokens, **options)))  # type: ignore[arg-type]
+            self._track(generation)
+            return generation
+        batch = self.batch()
+        first = options.get("seed")
+        try:
+            for number, one in enumerate(prompt):
+                if isinstance(first, int):
+                    options["seed"] = (first + number) & MAX_SEED
+                batch.add(one, max_tokens, **options)
+        except BaseException:
+            batch.close()  # now: the traceback holds it
+            raise
+        return batch
 
-        def end(_generation: Generation, _error: BaseException | None) -> None:
-            cached.sequence.close()
+    def batch(self, max_rows: int = MAX_ROWS) -> Batch:
+        """An empty batch, to which prompts with options of their own are added, also while others decode.
 
-        return self._start(cached, ids, sampler, limits, end)
+        Parameters
+        ----------
+        max_rows : int
+            Rows decoded together at most; further ones wait till one has ended.
+        """
+        return Batch(self, self._decoder(max_rows))
 
     def chat(self, system: str | None = None, **options: Any) -> Conversation:
         """A conversation that keeps its cache between turns.
@@ -353,12 +409,12 @@ class Model:
             ids = self.tokenizer.encode(prompt)
             if ids.size == 0 and self.bos_id is not None:
                 ids = np.array([self.bos_id], np.int64)
-        elif _are_messages(prompt):
+        elif are_messages(prompt):
             template = self.chat_template
             text = template.render(prompt, tools=tools)  # type: ignore[arg-type]
             ids = self.tokenizer.encode(text, special=template.plain)
         else:
-            ids = _checked_ids(prompt, self.session.vocab_size)
+            ids = checked_ids(prompt, self.session.vocab_size)
         if ids.size == 0:
             raise ConfigError("prompt: it is empty, and the model has no token that begins a text")
         if ids.size > self.context_length:
@@ -385,14 +441,19 @@ class Model:
     @cached_property
     def _search(self) -> dict[str, Any]:
         """The folder's search defaults, if they ask for sampling."""
-        found = read_json(self.folder / "genai_config.json").get("search") if self.folder is not None else None
+        found: object = None
+        file = "genai_config.json: search."
+        if self.folder is not None:
+            found = read_json(self.folder / "genai_config.json").get("search")
+            if found is None:
+                file, found = "generation_config.json: ", read_json(self.folder / "generation_config.json")
         if not isinstance(found, dict) or found.get("do_sample") is not True:
             return {}
         wanted = {name: found[name] for name in _SAMPLING if found.get(name) is not None}
         try:
             SamplingOptions(**wanted)
         except ConfigError as error:
-            raise ModelError(f"genai_config.json: search.{error}") from error
+            raise ModelError(f"{file}{error}") from error
         return {"temperature": 1.0, **wanted}
 
     def _prepare(
@@ -404,8 +465,9 @@ class Model:
         ignore_eos: bool = False,
         cancel: Cancel | None = None,
         seed: int | None = None,
+        speculate: bool = False,
         **sampling: float | None,
-    ) -> tuple[Sampler, Limits]:
+    ) -> Prepared:
         """The options of a generation, checked."""
         self._check_open()
         unknown = set(sampling) - set(_SAMPLING)
@@ -426,45 +488,82 @@ class Model:
             special = self.tokenizer.special_tokens
             ends.update(special[text] for text in texts if text in special)
             texts = tuple(text for text in texts if text not in special)
-        return Sampler(options), Limits(
-            count, frozenset(ends), texts, cancel, budget_ends=self.policy.kv.overflow == "stop"
-        )
+        limits = Limits(count, frozenset(ends), texts, cancel, budget_ends=self.policy.kv.overflow == "stop")
+        return Sampler(options), limits, self._speculation() if speculate else None
+
+    def _speculation(self) -> SpeculationGate:
+        layout = getattr(self.session, "layout", None)
+        if layout is not None and layout.last_logits_only:
+            raise ConfigError("speculate: the model gives logits of its last token only, so no draft can be checked")
+        return SpeculationGate(self.policy.quality.min_accept_rate, PromptLookup())
 
     def _follow(self, policy: Policy) -> None:
         """Bring a policy into force. Before the first change a fixed format that it chose is kept as such."""
         if not isinstance(self.session, FollowsRules):
             return
         rules = CacheRules.of(policy, len(self.session.layout.layers), self._word)
+        placer = getattr(self.session, "placer", None)
+        if placer is not None:
+            placer.follow(policy)
         # What may change again is reviewed: an open cache of a fixed format could not follow.
         self.session.rules = replace(rules, kv="auto") if self._word == "auto" else rules
 
     def _cache(self) -> CachedTokens:
         return CachedTokens(self.session, self._prefill_chunk)
 
+    def _decoder(self, max_rows: int) -> BatchDecoder:
+        self._check_open()
+        return BatchDecoder(self.session, max_rows=max_rows, prefill_tokens=self._prefill_chunk, clock=self._clock)
+
+    def _begin(
+        self,
+        kind: type[R],
+        clock: Callable[[], float],
+        prompt: Prompt,
+        max_tokens: int,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **options: Any,
+    ) -> R:
+        """A run of its own cache, which its end frees."""
+        prepared = self._prepare(are_messages(prompt), max_tokens, **options)
+        ids = self.prompt_ids(prompt, tools=tools)
+        cached = self._cache()
+
+        def end(_run: Run, _error: BaseException | None) -> None:
+            cached.sequence.close()
+
+        return self._run(kind, clock, cached, ids, prepared, end)
+
+    def _run(
+        self,
+        kind: type[R],
+        clock: Callable[[], float],
+        cached: CachedTokens,
+        ids: Ids,
+        prepared: Prepared,
+        on_end: Callable[[Run, BaseException | None], None],
+    ) -> R:
+        def ended(run: Run, error: BaseException | None) -> None:
+            on_end(run, error)
+            if self.observer is not None and error is None:
+                self.observer.finished(ids, cached.ids[len(ids) :])
+
+        sampler, limits, speculation = prepared
+        has_text = self.folder is not None and (self.folder / "tokenizer.json").is_file()
+        stream = self.tokenizer.stream(ids) if has_text else None
+        loop = DecodeLoop(cached, ids, sampler, limits, self.context_length, stream, clock, speculation)
+        return kind(loop, ended, clock)
+
     def _start(
         self,
         cached: CachedTokens,
         ids: Ids,
-        sampler: Sampler,
-        limits: Limits,
-        on_end: Callable[[Generation, BaseException | None], None],
+        prepared: Prepared,
+        on_end: Callable[[Run, BaseException | None], None],
     ) -> Generation:
-        def ended(generation: Generation, error: BaseException | None) -> None:
-            on_end(generation, error)
-            if self.observer is not None and error is None:
-                self.observer.finished(ids, cached.ids[len(ids) :])
-
-        has_text = self.folder is not None and (self.folder / "tokenizer.json").is_file()
-        generation = Generation(
-            cached,
-            ids,
-            sampler,
-            limits,
-            context_length=self.context_length,
-            stream=self.tokenizer.stream(ids) if has_text else None,
-            on_end=ended,
-            clock=self._clock,
-        )
+        """A generation over a cache that its caller keeps."""
+        generation = Generation(Alone(self._run(Run, self._clock, cached, ids, prepared, on_end)))
         self._track(generation)
         return generation
 
@@ -479,21 +578,3 @@ class Model:
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError("Model: it is closed")
-
-
-def _are_messages(prompt: Prompt) -> bool:
-    return (
-        isinstance(prompt, Sequence) and not isinstance(prompt, str) and any(isinstance(p, Mapping) for p in prompt[:1])
-    )
-
-
-def _checked_ids(prompt: Any, vocab_size: int) -> Ids:
-    try:
-        ids = np.asarray(prompt)
-    except ValueError as error:  # rows of different lengths
-        raise ShapeError(f"prompt: {error}") from error
-    if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
-        raise ShapeError(f"prompt: {ids.dtype} of shape {ids.shape}, wanted text, messages or integers (tokens,)")
-    if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
-        raise ShapeError(f"prompt: ids {ids.min()}..{ids.max()} are not within 0..{vocab_size - 1}")
-    return ids.astype(np.int64)

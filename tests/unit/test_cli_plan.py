@@ -118,7 +118,7 @@ def test_bad_usage_is_one_line_and_exit_code_2(folder: Path, options: list[str],
 def test_a_folder_that_is_no_model_is_bad_input(tmp_path: Path) -> None:
     result = call(tmp_path)
     assert result.exit_code == 2
-    assert "has no genai_config.json" in result.stderr
+    assert "no genai_config.json and no ONNX file" in result.stderr
 
 
 def test_nothing_is_loaded(tmp_path: Path) -> None:

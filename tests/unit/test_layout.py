@@ -59,10 +59,15 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
         read_layout(tmp_path)
 
 
-def test_a_folder_without_its_configuration_is_refused(tmp_path: Path) -> None:
-    (tiny_folder(tmp_path, Tiny()) / "genai_config.json").unlink()
-    with pytest.raises(ModelError, match=r"no genai_config\.json"):
+def test_a_context_that_nothing_states_is_refused(tmp_path: Path) -> None:
+    (tiny_folder(tmp_path, Tiny(rotary=False)) / "genai_config.json").unlink()
+    with pytest.raises(ModelError, match=r"config\.json \(there is none\): context_length is missing"):
         read_layout(tmp_path)
+
+
+def test_the_rotary_tables_bound_the_context(tmp_path: Path) -> None:
+    (tiny_folder(tmp_path, Tiny(context=100)) / "genai_config.json").unlink()
+    assert read_layout(tmp_path).context_length == 100
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"model": []}', '{"model": {}}', "\x00"])
@@ -96,7 +101,7 @@ def test_a_model_that_is_no_text_decoder_is_refused(tmp_path: Path, section: dic
         ({"decoder": {"filename": 3}}, "filename"),
         ({"context_length": "many"}, "context_length"),
         ({"context_length": 0}, "context_length"),
-        ({"context_length": None}, "context_length"),
+        ({"vocab_size": "all"}, "vocab_size"),
         ({"eos_token_id": "</s>"}, "eos_token_id"),
         ({"decoder": {"filename": "model.onnx", "inputs": {"input_ids": "tokens"}}}, "tokens"),
         ({"decoder": {"filename": "model.onnx", "outputs": {"logits": "scores"}}}, "scores"),
@@ -195,6 +200,7 @@ def _computed_past(model: onnx.ModelProto) -> None:
 
 def _read_present(model: onnx.ModelProto) -> None:
     model.graph.node.append(helper.make_node("Identity", ["present.0.key"], ["copy"], name="spy"))
+    model.graph.output.append(helper.make_tensor_value_info("copy", TensorProto.FLOAT, None))
 
 
 def _other(op: str, domain: str) -> Callable[[onnx.ModelProto], None]:
@@ -220,8 +226,6 @@ REFUSED = {
     "input 16": _input(16),
     "smooth_softmax": _attribute("smooth_softmax", 1),
     "qk_output": _attribute("qk_output", 1),
-    "k_quant_type": _attribute("k_quant_type", "PER_TENSOR"),
-    "v_quant_type": _attribute("v_quant_type", "PER_CHANNEL"),
     "sliding_window_cache": _attribute("sliding_window_cache", 1),
     "causal": _attribute("causal", 0),
     "unknown attribute": _attribute("alibi", 1),
@@ -232,8 +236,10 @@ REFUSED = {
     "share one past": _shared_past,
     "not an input of the graph": _computed_past,
     "spy": _read_present,
-    "MultiHeadAttention is not": _other("MultiHeadAttention", "com.microsoft"),
-    "'/attention.0/GroupQueryAttention': Attention is not": _other("Attention", ""),
+    "DecoderMaskedMultiHeadAttention is not": _other("DecoderMaskedMultiHeadAttention", "com.microsoft"),
+    "'/attention.0/GroupQueryAttention': Attention is not": _other("Attention", "com.microsoft"),
+    "PagedAttention is not": _other("PagedAttention", "com.microsoft"),
+    "'/attention.0/GroupQueryAttention': LinearAttention is not": _other("LinearAttention", ""),
     "in a subgraph": _in_a_branch,
 }
 
@@ -266,7 +272,7 @@ def test_a_graph_without_attention_nodes_is_refused(tmp_path: Path) -> None:
     for node in list(model.graph.node):
         if node.op_type == "GroupQueryAttention":
             model.graph.node.remove(node)
-    with pytest.raises(UnsupportedError, match="no GroupQueryAttention"):
+    with pytest.raises(UnsupportedError, match="no attention with a past: GroupQueryAttention"):
         read_layout(write_folder(tmp_path, model))
 
 

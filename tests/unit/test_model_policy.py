@@ -53,7 +53,7 @@ def test_an_open_sequence_follows_a_change_from_its_next_reviews_on(dynamic: Mod
     assert dynamic.set_policy({"kv": {"mode": "throughput_optimized"}}, "more room") == 2
     feed(sequence, MANY)
     assert before < held(sequence)["int4"]
-    assert "int8" not in held(sequence)  # its thresholds leave no choice
+    assert "int8" not in held(sequence)  # the thresholds leave no block a choice
     sequence.close()
 
 

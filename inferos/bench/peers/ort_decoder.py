@@ -88,7 +88,7 @@ class StockSession:
         model: bytes | Path = _with_int8(layout, form) if form.kv == "int8" else layout.model_path
         options = session_options(threads, spinning=form.spinning)
         with flash_attention(form.flash):
-            self.ort = open_ort(model, options, layout.folder)
+            self.ort = open_ort(model, options, layout.model_path.parent)
         self.logits_type = np.float16 if "float16" in self.ort.get_outputs()[0].type else np.float32
 
     def buffers(self, rows: int, capacity: int, length: int, random: RandomKv) -> list[npt.NDArray[Any]]:
