@@ -4,8 +4,9 @@
 
 Eight prompts of different lengths through the public API, greedy: as one batch, as eight generations of their own, and as a
 batch of eight prompts of one length with as many tokens in all. In turns of 16 tokens of every row in one process, every round
-beginning with another. tokens/s are those of the best turn, wall time; ratios are medians over the rounds. `worst_logit` is the largest difference of
-a logit between both ways over as many teacher-forced steps, `rows_equal` how many of the rows gave the same tokens.
+beginning with another. tokens/s are those of the best turn, wall time; ratios are medians over the rounds. `worst_logit` is
+the largest difference of a logit between both ways over 128 teacher-forced steps, `rows_equal` how many of the rows gave the
+same tokens.
 """
 
 from __future__ import annotations
