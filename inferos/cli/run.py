@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from inferos.cli import _generation, _options, _output, bench_e2e
+from inferos.cli import _generation, _options, _output, bench_e2e, doctor
 from inferos.cli._options import ModelArgument
 from inferos.errors import ConfigError, InferosError
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 _MOST_ROWS = 256
+_TEST_PROMPT, _TEST_TOKENS = "Once upon a time", 8
 
 
 @_options.with_fields(_generation.Answering)
@@ -39,6 +40,7 @@ def run(
         typer.Option("--batch-size", metavar="N", help="Prompts decoded together.  [default: 8; with --benchmark 1]"),
     ] = None,
     benchmark: Annotated[bool, typer.Option("--benchmark", help="No answer: inferos bench e2e on this model.")] = False,
+    test: Annotated[bool, typer.Option("--test", help="The doctor's checks, then eight tokens.")] = False,
     *,
     options: _generation.Answering,
 ) -> None:
@@ -50,8 +52,13 @@ def run(
         _generation.show_plan(request, options, batch_size=batch_size)
         return
     if benchmark:
-        rows = str(batch_size or 1)
-        bench_e2e.benchmark(model, kv=options.kv, threads=options.threads, batch=rows, json_path=options.json_path)
+        bench_e2e.benchmark(
+            model, kv=options.kv, threads=options.threads, batch=str(batch_size or 1), json_path=options.json_path,
+            mode=options.mode, hybrid_mode=options.hybrid_mode, device=options.device,
+        )  # fmt: skip
+        return
+    if test:
+        _test(request, prompts, options)
         return
     texts = _texts(prompts or [], prompts_file)
     with _generation.load_model(request) as loaded:
@@ -139,3 +146,33 @@ def _row(generation: Generation, kv: str, options: _generation.Answering) -> dic
     numbers = _generation.figures(generation)
     typer.echo(_generation.one_line(numbers, kv), err=True)
     return {"text": generation.text, "error": error, **numbers}
+
+
+def _test(request: _generation.Request, prompts: list[str] | None, options: _generation.Answering) -> None:
+    """`--test`: exit code 1 where a check fails, or no token comes."""
+    checks = doctor.run_checks()
+    for check in checks:
+        typer.echo(f"{'ok' if check['ok'] else 'FAILED':<7} {check['name']}: {check['detail']}", err=True)
+    report = {"schema": "inferos.test/1", "model": request.model, "checks": checks}
+    if not all(check["ok"] for check in checks):
+        _output.write_json(options.json_path, report)
+        raise typer.Exit(1)
+    with _generation.load_model(request) as loaded:
+        start = prompts[0] if prompts else _TEST_PROMPT
+        generation = loaded.generate(start, **{**options.of_generate(), "max_tokens": _TEST_TOKENS})
+        _generation.stream(generation, options.text_to)
+        numbers = _generation.figures(generation)
+        typer.echo(_generation.one_line(numbers, loaded.kv), err=True)
+        placement = loaded.placement
+        _output.write_json(
+            options.json_path,
+            {
+                **report,
+                "kv": loaded.kv,
+                "placement": None if placement is None else placement.report(),
+                "text": generation.text,
+                **numbers,
+            },
+        )
+    if numbers["tokens"] == 0:
+        raise typer.Exit(1)
