@@ -81,7 +81,7 @@ class CompressedSession:
     @property
     def trims(self) -> bool:
         """Whether a prompt gives logits for its last token only."""
-        # Engines behind the first may not be open.
+        # Of the engines only the first is asked: those behind it may not be open.
         return bool(self.layout.logits_to_keep) or self.routes.prefill[0].trims
 
     def sequence(self) -> CompressedSequence:
@@ -194,15 +194,12 @@ class _Step:
             feeds[layout.attention_mask] = np.arange(totals.max()) < totals[:, None]
         return feeds
 
-    def failed(self, error: Exception) -> InferosError:
-        typed = _typed(self._turns, error)
-        for turn in self._turns:
-            turn.sequence.drop_step(turn)
-        return typed
+    def typed(self, error: Exception) -> InferosError:
+        return _typed(self._turns, error)
 
     def forsaken(self) -> None:
         for turn in self._turns:
-            turn.sequence.drop_step(turn, hangs=True)
+            turn.sequence.take_from_run(turn)
 
 
 class Turn:
@@ -304,16 +301,12 @@ class CompressedSequence:
         """Whether the turn may still write."""
         return self._turn is turn
 
-    def drop_step(self, turn: Turn, *, hangs: bool = False) -> None:
-        """Back to the committed length within a turn. A run that `hangs` keeps a handle that does nothing any more."""
+    def take_from_run(self, turn: Turn) -> None:
+        """Go on with the turn under a new handle, at the committed length; a run under the old one cannot write."""
         with self._guard:
-            if self._turn is not turn:
-                return  # closed or abandoned, which dropped it
-            if hangs:
+            if self._turn is turn:  # else closed or abandoned, which does the same
                 self.cache.abandon()
                 turn.handle = self.cache.handle
-            else:
-                self.cache.rollback()
 
     def commit(self, turn: Turn) -> None:
         """Make the step of a run that succeeded part of the sequence."""
