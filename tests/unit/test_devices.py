@@ -66,6 +66,15 @@ def test_a_device_that_failed_is_not_chosen_again() -> None:
     assert manager.choose("cpu", without=[manager.cpu]).device == manager.cpu
 
 
+def test_a_device_that_comes_later_is_found_after_a_refresh() -> None:
+    runtime, manager = found()
+    assert manager.choose("gpu").device == manager.cpu
+    runtime.entries.append(DML)
+    assert manager.choose("gpu").device == manager.cpu
+    manager.refresh()
+    assert manager.choose("gpu").device.word == "dml"
+
+
 def test_plug_ins_and_the_catalog_are_registered_once_and_a_broken_one_is_reported() -> None:
     def catalog() -> list[tuple[str, str]]:
         return [("VitisAIExecutionProvider", "vitis.dll"), ("BrokenExecutionProvider", "broken.dll")]
@@ -182,6 +191,16 @@ def test_the_processor_can_do_everything() -> None:
     assert {"MatMulNBits", "MatMulInteger", "QuantizeLinear"} <= checker.get_supported_operators("CPUExecutionProvider")
     assert suggest_policy(can) == {}
     assert checker.get_supported_operators("NoSuchProvider") == set()
+
+
+@pytest.mark.device
+def test_every_provider_of_this_machine_says_what_it_can_do_and_why_not() -> None:
+    checker = DeviceCapabilityChecker()
+    for device in checker.manager.devices:
+        can = checker.check(device)
+        assert list(can) == [*CAPABILITIES, "error"]
+        assert (can["error"] is None) is all(can[name] for name in CAPABILITIES), device.describe()
+        Policy().update(suggest_policy(can))
 
 
 def test_a_provider_that_computes_int4_wrong_cannot_do_it_and_its_band_is_closed() -> None:

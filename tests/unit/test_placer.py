@@ -5,7 +5,7 @@ Where this machine has only the processor, a second session with other options s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ class Bench:
         *entries: tuple[str, str, str],
         policy: Mapping[str, Any] | None = None,
         kv: str = "int8",
-        broken: tuple[str, ...] = (),
+        broken: Sequence[str] = (),
         clock: Any = None,
         balancer: LoadBalancer | None = None,
         ticks: Mapping[str, Callable[[], None]] | None = None,
@@ -225,6 +225,15 @@ def test_a_device_that_does_not_open_is_passed_over_with_its_reason(tmp_path: Pa
     bench.tokens(3)
 
 
+def test_a_device_that_did_not_open_is_tried_again_when_asked_for_again(tmp_path: Path) -> None:
+    broken = ["dml-gpu"]
+    bench = Bench(tmp_path, DML, policy=HYBRID, broken=broken)
+    assert bench.devices == ("cpu", "cpu")
+    broken.clear()
+    bench.model.place(decode="gpu")
+    assert bench.devices == ("dml", "dml")
+
+
 def test_without_a_processor_that_runs_it_there_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="cpu has no driver"):
         Bench(tmp_path, broken=("cpu",))
@@ -275,6 +284,11 @@ def test_auto_measures_and_leaves_the_processor_only_for_what_is_clearly_faster(
     assert measured == pytest.approx({"CPUExecutionProvider": 10.0, "DmlExecutionProvider": 10.0 * gpu})
     assert "measured" in report["decode"]["reason"]
     assert clock.now < 1, "measuring is bounded"
+    metrics = bench.placer.report()
+    assert metrics is not None
+    loads = {(row["device"], row["role"]): row["ms_per_token"] for row in metrics["load"]}
+    assert loads["cpu", "decode"] == pytest.approx(10.0)
+    assert metrics["temperature_c"] is None or metrics["temperature_c"] > -50
 
 
 def test_auto_places_each_role_by_its_own_measure(tmp_path: Path) -> None:
