@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -161,6 +162,30 @@ def test_a_quantised_past_goes_with_its_scales(form: str) -> None:
     stock = Stock(exported_model(plain), attention_nodes(exported_model(plain))).feed(token_ids(plain)[None, :PROMPT])[
         0
     ]
+    assert_same_but_for_ties(stock, ours, EPSILON["float32"])
+
+
+def feed(source: onnx.ModelProto, ids: np.ndarray, *, ours: bool) -> np.ndarray:
+    """Logits of a prompt and eight tokens behind it."""
+    nodes = attention_nodes(source)
+    runner = Ours(source, nodes) if ours else Stock(source, nodes)
+    cuts = [0, PROMPT, *range(PROMPT + 1, PROMPT + 9)]
+    return np.concatenate([runner.feed(ids[None, a:b])[0] for a, b in itertools.pairwise(cuts)])
+
+
+@pytest.mark.parametrize("variant", ["norm inside", "packed"])
+def test_norms_of_query_and_key_move_in_front(variant: str) -> None:
+    spec = Exported("gqa", mask="flag", variant=variant)
+    plain = spec.but(variant="norm outside" if variant == "norm inside" else "")
+    ids = token_ids(spec)
+    stock, ours = feed(exported_model(plain), ids, ours=False), feed(exported_model(spec), ids, ours=True)
+    assert_same_but_for_ties(stock, ours, EPSILON["float32"])
+
+
+def test_a_past_as_short_as_the_window_changes_nothing() -> None:
+    spec = Exported("gqa", mask="window", variant="sliding cache")
+    stock = feed(exported_model(spec.but(variant="")), token_ids(spec), ours=False)
+    ours = feed(exported_model(spec), token_ids(spec), ours=True)
     assert_same_but_for_ties(stock, ours, EPSILON["float32"])
 
 
