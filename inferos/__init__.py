@@ -18,18 +18,22 @@ from inferos.errors import InferosError
 
 if _typing.TYPE_CHECKING:
     from inferos.config import Policy
+    from inferos.devices.capability import DeviceCapabilityChecker
+    from inferos.devices.manager import DeviceManager
     from inferos.kv import Arena, KVCache, LayerSpec, get_num_threads, kernels, set_num_threads
     from inferos.kv.engine import KVQuantizationEngine, QuantizationLevel
     from inferos.kv.importance import ImportanceCalculator
     from inferos.quality.measurement import QualityMeasurement
     from inferos.quality.monitor import QualityMonitor
     from inferos.quality.scheduler import QualityScheduler
+    from inferos.runtime.batch import Batch
     from inferos.runtime.conversation import Conversation
     from inferos.runtime.failover import BackoffStrategy, FallbackReason, RobustFallbackManager
     from inferos.runtime.generate import Generation
     from inferos.runtime.metrics import FTLMeasurement, MetricsCalculator
     from inferos.runtime.model import Model, load
-    from inferos.runtime.register import register
+    from inferos.runtime.queue import RequestQueue
+    from inferos.runtime.register import new_cache, register
     from inferos.runtime.rewrite import rewrite
     from inferos.runtime.sampler import SamplingOptions
     from inferos.runtime.stop_texts import Token
@@ -39,7 +43,10 @@ if _typing.TYPE_CHECKING:
 __all__ = [
     "Arena",
     "BackoffStrategy",
+    "Batch",
     "Conversation",
+    "DeviceCapabilityChecker",
+    "DeviceManager",
     "FTLMeasurement",
     "FallbackReason",
     "Generation",
@@ -55,6 +62,7 @@ __all__ = [
     "QualityMonitor",
     "QualityScheduler",
     "QuantizationLevel",
+    "RequestQueue",
     "RobustFallbackManager",
     "SamplingOptions",
     "Token",
@@ -62,6 +70,7 @@ __all__ = [
     "get_num_threads",
     "kernels",
     "load",
+    "new_cache",
     "register",
     "rewrite",
     "set_num_threads",
@@ -71,7 +80,10 @@ __all__ = [
 _HOMES = {
     "Arena": "inferos.kv",
     "BackoffStrategy": "inferos.runtime.failover",
+    "Batch": "inferos.runtime.batch",
     "Conversation": "inferos.runtime.conversation",
+    "DeviceCapabilityChecker": "inferos.devices.capability",
+    "DeviceManager": "inferos.devices.manager",
     "FTLMeasurement": "inferos.runtime.metrics",
     "FallbackReason": "inferos.runtime.failover",
     "Generation": "inferos.runtime.generate",
@@ -86,11 +98,13 @@ _HOMES = {
     "QualityMonitor": "inferos.quality.monitor",
     "QualityScheduler": "inferos.quality.scheduler",
     "QuantizationLevel": "inferos.kv.engine",
+    "RequestQueue": "inferos.runtime.queue",
     "RobustFallbackManager": "inferos.runtime.failover",
     "SamplingOptions": "inferos.runtime.sampler",
     "Token": "inferos.runtime.stop_texts",
     "get_num_threads": "inferos.kv",
     "load": "inferos.runtime.model",
+    "new_cache": "inferos.runtime.register",
     "register": "inferos.runtime.register",
     "rewrite": "inferos.runtime.rewrite",
     "set_num_threads": "inferos.kv",

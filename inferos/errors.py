@@ -10,6 +10,7 @@
     │   ├── ClosedError                  a closed or superseded handle
     │   ├── BusyError                    two threads on one sequence
     │   └── RewindError(ValueError)      a position that cannot be reached any more
+    ├── QueueFullError(RuntimeError)     as many requests wait as may; nothing was queued
     ├── ContextError(ValueError)         a prompt longer than the model's context
     ├── ModelError(ValueError)           a folder or graph that is not a usable decoder model
     │   └── UnsupportedError             a form of attention we do not compute; names the node
@@ -29,6 +30,7 @@ __all__ = [
     "ModelError",
     "ProviderError",
     "ProviderLost",
+    "QueueFullError",
     "RewindError",
     "SequenceError",
     "ShapeError",
@@ -68,6 +70,10 @@ class BusyError(SequenceError):
 
 class RewindError(SequenceError, ValueError):
     """A position that cannot be reached any more."""
+
+
+class QueueFullError(InferosError, RuntimeError):
+    """As many requests wait as may; nothing was queued."""
 
 
 class ContextError(InferosError, ValueError):

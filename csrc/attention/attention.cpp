@@ -92,7 +92,7 @@ void run(std::span<const Row> rows, const Params& params, Executor& executor) {
       if (row.scored == nullptr) continue;
       row.scored->mass_folded(params.layer);
       if (!row.scored->wants_key_check(params.layer)) continue;
-      if (const auto moved = int4_divergence(row, shape)) row.scored->keys_checked(params.layer, *moved);
+      if (const auto error = int4_error(row, shape, executor)) row.scored->keys_checked(params.layer, *error);
     }
   }
 }

@@ -40,8 +40,9 @@ struct Job {  // one kv head of one row
   std::array<std::span<const BlockView>, kVisitOrder.size()> lists;  // in visit order
   std::size_t blocks;
   std::size_t spans;
-  float* partials;  // [spans][partial_floats]
-  float* logits;    // nullptr, or [blocks][group][64]
+  float* partials;        // [spans][partial_floats]
+  std::uint16_t* seen_p;  // nullptr, or [blocks][group][64], [blocks][group]: DecodeTask
+  float* seen_m;
   const RowPlan* row;
   std::size_t head;
   float* mass;  // [length], where the row wants it
@@ -124,7 +125,7 @@ void run_span(const Job& job, const Shape& shape, std::size_t span, const std::b
     if (from < to) {
       if (rotated && !kernels::v_is_rotated(kVisitOrder[i]))
         kernels::hadamard().rotate(partial.o, shape.group, shape.d);
-      float* const logits = job.logits == nullptr ? nullptr : job.logits + from * shape.group * kBlockTokens;
+      const std::size_t heads = from * shape.group;
       const kernels::DecodeTask task{.q = job.q,
                                      .group = shape.group,
                                      .d = shape.d,
@@ -140,7 +141,9 @@ void run_span(const Job& job, const Shape& shape, std::size_t span, const std::b
                                      .o = partial.o,
                                      .m = partial.m,
                                      .l = partial.l,
-                                     .logits = logits};
+                                     .logits = nullptr,
+                                     .seen_p = job.seen_p == nullptr ? nullptr : job.seen_p + heads * kBlockTokens,
+                                     .seen_m = job.seen_p == nullptr ? nullptr : job.seen_m + heads};
       kernels::attend().decode(task);
       rotated = kernels::v_is_rotated(kVisitOrder[i]);
     }
@@ -156,14 +159,16 @@ void add_mass(const Job& job, const Shape& shape, float share, float* top, float
     if (total[g] == 0.0F) top[g] = 0.0F;
     total[g] = total[g] == 0.0F ? 0.0F : share / total[g];
   }
-  const float* logits = job.logits;
+  const std::uint16_t* p = job.seen_p;
+  const float* m = job.seen_m;
   for (const auto& list : job.lists) {
     for (const BlockView& block : list) {
       float sum[kBlockTokens];
       float* const mass = job.mass + block.start;
       const bool straight = first && block.begin == 0 && block.end == kBlockTokens;
-      kernels::attend().mass(logits, shape.group, top, total, straight ? mass : sum);
-      logits += shape.group * kBlockTokens;
+      kernels::attend().mass(p, m, shape.group, top, total, straight ? mass : sum);
+      p += shape.group * kBlockTokens;
+      m += shape.group;
       if (straight) continue;
       for (std::size_t t = block.begin; t < block.end; ++t) {
         const float received = sum[t] > 0.0F ? sum[t] : 0.0F;
@@ -188,9 +193,8 @@ Partial merge_spans(const Job& job, const Shape& shape) noexcept {
     for (std::size_t s = 0; s < job.spans; ++s) tops[s] = partial_at(job, shape, s).m[g];
     const float top = *std::max_element(tops, tops + job.spans);
     const float base = std::isinf(top) ? 0.0F : top;  // of a head that saw nothing
-    const float once = 1.0F;
     float weights[kBlockTokens];
-    kernels::attend().mass(tops, 1, &base, &once, weights);  // all exp at once
+    kernels::attend().exp_below(tops, base, weights);
     float total = 0.0F;
     float* const out = job.out + g * shape.d;
     std::fill_n(out, shape.d, 0.0F);
@@ -215,7 +219,7 @@ Partial merge_spans(const Job& job, const Shape& shape) noexcept {
 
 void finish(const Job& job, const Shape& shape) noexcept {
   const Partial merged = merge_spans(job, shape);
-  if (job.logits == nullptr) return;
+  if (job.seen_p == nullptr) return;
   // A sliding window leaves blocks out that the scores still have.
   const bool only_folded = job.row->mass == nullptr && shape.local_window < 0;
   if (!only_folded) std::fill_n(job.mass, job.row->length, 0.0F);
@@ -246,34 +250,44 @@ struct Call {
   }
 };
 
-// Where the logits and the mass of the jobs that want it lie; returns the floats needed. One after the other, jobs take turns in
+// What DecodeTask::seen_p and seen_m of so many blocks and heads take, in whole cache lines of floats, and where they lie.
+std::size_t seen_floats(std::size_t heads) noexcept { return heads * kBlockTokens / 2 + (heads + 15) / 16 * 16; }
+
+void place_seen(Job& job, float* at, std::size_t heads) noexcept {
+  job.seen_m = at;
+  job.seen_p = reinterpret_cast<std::uint16_t*>(at + (heads + 15) / 16 * 16);
+}
+
+// Where what is seen and the mass of the jobs that want it lie; returns the floats needed. One after the other, jobs take turns in
 // one place, which so stays in the processor's cache.
 std::size_t place_masses(std::span<Job> jobs, const Shape& shape, bool in_turn, float* at) noexcept {
   std::size_t taken = 0;
   for (Job& job : jobs) {
     if (!job.row->wants_mass()) continue;
-    const std::size_t logits = job.blocks * shape.group * kBlockTokens;
+    const std::size_t heads = job.blocks * shape.group;
+    const std::size_t seen = seen_floats(heads);
     const std::size_t mass = job.row->mass != nullptr ? 0 : (static_cast<std::size_t>(job.row->length) + 15) / 16 * 16;
     if (at != nullptr) {
-      job.logits = at + (in_turn ? 0 : taken);
-      if (job.row->mass == nullptr) job.mass = job.logits + logits;
+      float* const own = at + (in_turn ? 0 : taken);
+      place_seen(job, own, heads);
+      if (job.row->mass == nullptr) job.mass = own + seen;
     }
-    taken = in_turn ? std::max(taken, logits + mass) : taken + logits + mass;
+    taken = in_turn ? std::max(taken, seen + mass) : taken + seen + mass;
   }
   return taken;
 }
 
 // The mean over the sampled queries of one head.
 void prefill_mass(const RowPlan& row, const Shape& shape, std::size_t head) {
-  static thread_local Floats scratch;  // output, partial and logits of one query, and the mass
+  static thread_local Floats scratch;  // partial, output and what is seen of one query, and the mass
   Job job = plan_job(row, shape, head, row.tokens - 1);
   const std::size_t width = shape.group * shape.d;
-  const std::size_t logits = shape.group * kBlockTokens;
+  const std::size_t heads = job.blocks * shape.group;  // no query sees more blocks
   float* at =
-      scratch.at_least(partial_floats(shape) + width + job.blocks * logits + static_cast<std::size_t>(row.length));
+      scratch.at_least(partial_floats(shape) + width + seen_floats(heads) + static_cast<std::size_t>(row.length));
   float* const out = at + partial_floats(shape);
-  float* const first_logits = out + width;
-  float* const mass = row.mass == nullptr ? first_logits + job.blocks * logits : job.mass;
+  float* const seen = out + width;
+  float* const mass = row.mass == nullptr ? seen + seen_floats(heads) : job.mass;
   std::fill_n(mass, row.length, 0.0F);
   const std::size_t queries = (std::min(row.tokens, kMassQueries) + kMassStride - 1) / kMassStride;
   const float share = 1.0F / static_cast<float>(queries * shape.group);
@@ -282,9 +296,9 @@ void prefill_mass(const RowPlan& row, const Shape& shape, std::size_t head) {
     job.spans = 1;
     job.partials = at;
     job.out = out;
-    job.logits = first_logits;
+    place_seen(job, seen, heads);
     job.mass = mass;
-    job.skip_below = std::numeric_limits<float>::infinity();  // only the logits are wanted
+    job.skip_below = std::numeric_limits<float>::infinity();  // only the probabilities are wanted
     run_span(job, shape, 0, nullptr);
     const Partial merged = merge_spans(job, shape);
     add_mass(job, shape, share, merged.m, merged.l, false);

@@ -1,13 +1,11 @@
 #include "attention/key_check.hpp"
 
 #include <algorithm>
-#include <cmath>
-#include <limits>
 #include <memory>
+#include <span>
 #include <vector>
 
 #include "kernels/codec.hpp"
-#include "kernels/scalar/exp.hpp"
 
 namespace inferos::attention {
 namespace {
@@ -25,15 +23,19 @@ struct Sample {
   BlockView view;
 };
 
-// Whole blocks with keys wider than INT4, spread over the context; where the spread begins moves on with the length.
-std::vector<Sample> sample_blocks(const kv::HeadStreams& streams, std::int32_t length) {
+// Those with keys wider than INT4.
+std::vector<Sample> whole_blocks(const kv::HeadStreams& streams) {
   std::vector<Sample> whole;
   for (const Format format : {Format::kF16, Format::kInt8, Format::kK8V4}) {
     for (const BlockView& view : streams.by_format[static_cast<std::size_t>(format)]) {
       if (view.begin == 0 && view.end == kBlockTokens) whole.push_back({format, view});
     }
   }
-  if (whole.size() <= kBlocks) return whole;
+  return whole;
+}
+
+// A few of them, spread over the context; where the spread begins moves on with the length.
+std::vector<Sample> spread(std::span<const Sample> whole, std::int32_t length) {
   std::vector<Sample> chosen;
   chosen.reserve(kBlocks);
   const std::size_t offset = static_cast<std::size_t>(length) / kBlockTokens % whole.size();
@@ -42,97 +44,84 @@ std::vector<Sample> sample_blocks(const kv::HeadStreams& streams, std::int32_t l
   return chosen;
 }
 
-// KL divergence of the softmax of `narrow` from that of `held`, n logits each.
-double divergence(const float* held, const float* narrow, std::size_t n) noexcept {
-  const float top = *std::max_element(held, held + n);
-  const float narrow_top = *std::max_element(narrow, narrow + n);
-  double total = 0.0;
-  double narrow_total = 0.0;
-  double moved = 0.0;  // sum of p * (held - narrow), both below their largest
-  for (std::size_t i = 0; i < n; ++i) {
-    const double p = kernels::scalar::exp_nonpositive(held[i] - top);
-    total += p;
-    narrow_total += kernels::scalar::exp_nonpositive(narrow[i] - narrow_top);
-    moved += p * (static_cast<double>(held[i] - top) - static_cast<double>(narrow[i] - narrow_top));
+// The streams of a head with its sample in another format.
+kv::HeadStreams with_sample(const kv::HeadStreams& streams, std::span<const Sample> sample, Format format,
+                            const std::byte* records, std::size_t record) {
+  kv::HeadStreams changed = streams;
+  const auto at = [](std::vector<BlockView>& views, std::int32_t start) {
+    return std::lower_bound(views.begin(), views.end(), start,
+                            [](const BlockView& view, std::int32_t position) { return view.start < position; });
+  };
+  auto& to = changed.by_format[static_cast<std::size_t>(format)];
+  for (const Sample& block : sample) {
+    auto& from = changed.by_format[static_cast<std::size_t>(block.format)];
+    from.erase(at(from, block.view.start));
+    const auto index = static_cast<std::size_t>(&block - sample.data());
+    to.insert(at(to, block.view.start), {records + index * record, block.view.start, 0, kBlockTokens, kBlockTokens});
   }
-  return moved / total + std::log(narrow_total) - std::log(total);
+  return changed;
 }
 
-// The logits of a group on some blocks, [head of the group][block][64].
-class Logits {
- public:
-  Logits(const Shape& shape, std::size_t blocks)
-      : shape_(shape), blocks_(blocks), all_(shape.group * blocks * kBlockTokens), one_(shape.group * kBlockTokens) {}
+// What is attended to, with the samples of all heads in one format.
+struct Version {
+  Version(Format kept, const Shape& shape)
+      : format(kept),
+        record(kernels::block_bytes(kept, shape.d)),
+        records(shape.kv_heads * kBlocks * record),
+        out(shape.heads * shape.d) {}
 
-  void take(const float* q, Format format, const BlockView& view, std::size_t block) {
-    std::vector<float>& state = state_;
-    state.assign(shape_.group * (shape_.d + 2), 0.0F);
-    float* const m = state.data() + shape_.group * shape_.d;
-    std::fill_n(m, shape_.group, -std::numeric_limits<float>::infinity());
-    kernels::attend().decode({.q = q,
-                              .group = shape_.group,
-                              .d = shape_.d,
-                              .scale = shape_.scale,
-                              .softcap = shape_.softcap,
-                              .skip_below = std::numeric_limits<float>::infinity(),  // no values
-                              .visible = {0, std::numeric_limits<std::int32_t>::max() - 1},
-                              .format = format,
-                              .blocks = &view,
-                              .count = 1,
-                              .near = false,
-                              .then = nullptr,
-                              .o = state.data(),
-                              .m = m,
-                              .l = m + shape_.group,
-                              .logits = one_.data()});
-    for (std::size_t g = 0; g < shape_.group; ++g) {
-      std::copy_n(one_.data() + g * kBlockTokens, kBlockTokens, all_.data() + (g * blocks_ + block) * kBlockTokens);
+  void add(const kv::HeadStreams& held, std::span<const Sample> sample, std::size_t d, kernels::BlockRows& rows) {
+    std::byte* const own = records.data() + streams.size() * kBlocks * record;
+    for (std::size_t b = 0; b < sample.size(); ++b) {
+      kernels::block_to_rows(sample[b].format, sample[b].view.data, d, sample[b].view.capacity, kBlockTokens, rows);
+      kernels::rows_to_block(format, rows, kBlockTokens, d, own + b * record);
     }
+    streams.push_back(with_sample(held, sample, format, own, record));
   }
-  const float* of(std::size_t g) const noexcept { return all_.data() + g * blocks_ * kBlockTokens; }
 
- private:
-  const Shape& shape_;
-  std::size_t blocks_;
-  std::vector<float> all_;
-  std::vector<float> one_;
-  std::vector<float> state_;
+  void attend(const RowPlan& row, std::size_t token, const Shape& shape, Executor& executor) {
+    const RowPlan one{nullptr, streams,  row.q + token * shape.heads * shape.d, out.data(), 1, row.position(token) + 1,
+                      nullptr, row.layer};
+    decode_rows({&one, 1}, shape, executor);
+  }
+
+  Format format;
+  std::size_t record;
+  std::vector<std::byte> records;  // [kv_head][kBlocks]
+  std::vector<kv::HeadStreams> streams;
+  std::vector<float> out;  // [head][d]
 };
 
 }  // namespace
 
-std::optional<double> int4_divergence(const RowPlan& row, const Shape& shape) {
+std::optional<kv::KeyError> int4_error(const RowPlan& row, const Shape& shape, Executor& executor) {
   const auto rows = std::make_unique<kernels::BlockRows>();
-  const std::size_t record = kernels::block_bytes(Format::kInt4, shape.d);
-  std::vector<std::byte> packed(kBlocks * record);
-  double sum = 0.0;
-  std::size_t measured = 0;
+  Version wide(Format::kK8V4, shape);
+  Version narrow(Format::kInt4, shape);
+  std::vector<double> weights;  // by kv head: blocks that a sampled one stands for
   for (std::size_t head = 0; head < shape.kv_heads; ++head) {
-    const std::vector<Sample> sample = sample_blocks(row.streams[head], row.length);
-    if (sample.empty()) continue;
-    for (std::size_t b = 0; b < sample.size(); ++b) {
-      const BlockView& view = sample[b].view;
-      kernels::block_to_rows(sample[b].format, view.data, shape.d, view.capacity, kBlockTokens, *rows);
-      kernels::rows_to_block(Format::kInt4, *rows, kBlockTokens, shape.d, packed.data() + b * record);
-    }
-    Logits held(shape, sample.size());
-    Logits narrow(shape, sample.size());
-    for (std::size_t i = 0; i < kQueries && i * kStride < row.tokens; ++i) {
-      const std::size_t token = row.tokens - 1 - i * kStride;
-      const float* const q = row.q + (token * shape.heads + head * shape.group) * shape.d;
-      for (std::size_t b = 0; b < sample.size(); ++b) {
-        const BlockView as_int4{packed.data() + b * record, sample[b].view.start, 0, kBlockTokens, kBlockTokens};
-        held.take(q, sample[b].format, sample[b].view, b);
-        narrow.take(q, Format::kInt4, as_int4, b);
-      }
-      for (std::size_t g = 0; g < shape.group; ++g) {
-        sum += divergence(held.of(g), narrow.of(g), sample.size() * kBlockTokens);
-      }
-      measured += shape.group;
+    std::vector<Sample> sample = whole_blocks(row.streams[head]);
+    const std::size_t all = sample.size();
+    if (all > kBlocks) sample = spread(sample, row.length);
+    weights.push_back(all == 0 ? 0.0 : static_cast<double>(all) / static_cast<double>(sample.size()));
+    wide.add(row.streams[head], sample, shape.d, *rows);
+    narrow.add(row.streams[head], sample, shape.d, *rows);
+  }
+  if (std::all_of(weights.begin(), weights.end(), [](double weight) { return weight == 0.0; })) return std::nullopt;
+  kv::KeyError found{};
+  for (std::size_t i = 0; i < kQueries && i * kStride < row.tokens; ++i) {
+    const std::size_t token = row.tokens - 1 - i * kStride;
+    wide.attend(row, token, shape, executor);
+    narrow.attend(row, token, shape, executor);
+    for (std::size_t c = 0; c < wide.out.size(); ++c) {
+      const double weight = weights[c / shape.d / shape.group];
+      const double whole = wide.out[c];
+      const double moved = static_cast<double>(narrow.out[c]) - whole;
+      found.moved += weight * moved * moved;
+      if (weight > 0.0) found.whole += whole * whole;
     }
   }
-  if (measured == 0) return std::nullopt;
-  return sum / static_cast<double>(measured);
+  return found;
 }
 
 }  // namespace inferos::attention

@@ -21,6 +21,7 @@ using kernels::Format;
 using kernels::kBlockTokens;
 
 using Floats = py::array_t<float, py::array::c_style>;
+using Halves = py::array_t<std::uint16_t, py::array::c_style>;
 using Bytes = py::array_t<std::uint8_t, py::array::c_style>;
 using Ranges = py::array_t<std::int32_t, py::array::c_style>;
 using BlockTuple = std::tuple<Bytes, std::int32_t, int, int, int>;  // record, start, begin, end, capacity
@@ -73,13 +74,17 @@ BlockView view(Format format, const BlockTuple& block, std::size_t d) {
 
 void decode(const Attend& kernel, const Floats& q, int format, const std::vector<BlockTuple>& blocks,
             std::pair<std::int32_t, std::int32_t> visible, float scale, float softcap, Floats& o, Floats& m, Floats& l,
-            std::optional<Floats> logits, float skip_below) {
+            std::optional<Floats> logits, float skip_below, std::optional<Halves> seen_p,
+            std::optional<Floats> seen_m) {
   const std::size_t group = rows_of(q, "q");
   const auto d = static_cast<std::size_t>(q.shape(1));
   expect(o, "o", {group, d});
   expect(m, "m", {group});
   expect(l, "l", {group});
   if (logits) expect(*logits, "logits", {blocks.size(), group, kBlockTokens});
+  if (seen_p.has_value() != seen_m.has_value()) refuse("seen_p and seen_m: both or neither");
+  if (seen_p) expect(*seen_p, "seen_p", {blocks.size(), group, kBlockTokens});
+  if (seen_m) expect(*seen_m, "seen_m", {blocks.size(), group});
   std::vector<BlockView> views;
   views.reserve(blocks.size());
   for (const BlockTuple& block : blocks) views.push_back(view(checked_format(format), block, d));
@@ -98,7 +103,9 @@ void decode(const Attend& kernel, const Floats& q, int format, const std::vector
                                  .o = o.mutable_data(),
                                  .m = m.mutable_data(),
                                  .l = l.mutable_data(),
-                                 .logits = logits ? logits->mutable_data() : nullptr};
+                                 .logits = logits ? logits->mutable_data() : nullptr,
+                                 .seen_p = seen_p ? seen_p->mutable_data() : nullptr,
+                                 .seen_m = seen_m ? seen_m->mutable_data() : nullptr};
   const py::gil_scoped_release unlocked;
   kernel.decode(task);
 }
@@ -149,18 +156,20 @@ void prefill(const Attend& kernel, const Floats& q, const Floats& k, const Float
   kernel.prefill(tile);
 }
 
-Floats mass(const Attend& kernel, const Floats& logits, const Floats& top, const Floats& weight) {
+Floats mass(const Attend& kernel, const Halves& seen_p, const Floats& seen_m, const Floats& top, const Floats& weight) {
   const auto group = static_cast<std::size_t>(top.size());
   expect(top, "top", {group});
   expect(weight, "weight", {group});
-  expect(logits, "logits", {group, kBlockTokens});
+  expect(seen_p, "seen_p", {group, kBlockTokens});
+  expect(seen_m, "seen_m", {group});
   Floats sum(static_cast<py::ssize_t>(kBlockTokens));
   float* const to = sum.mutable_data();
-  const float* const from = logits.data();
+  const std::uint16_t* const from = seen_p.data();
+  const float* const own = seen_m.data();
   const float* const tops = top.data();
   const float* const weights = weight.data();
   const py::gil_scoped_release unlocked;
-  kernel.mass(from, group, tops, weights, to);
+  kernel.mass(from, own, group, tops, weights, to);
   return sum;
 }
 
@@ -172,6 +181,7 @@ void add_attend(py::module_& m) {
       .def("decode", &decode, py::arg("q").noconvert(), py::arg("format"), py::arg("blocks").noconvert(),
            py::arg("visible"), py::arg("scale"), py::arg("softcap"), py::arg("o").noconvert(), py::arg("m").noconvert(),
            py::arg("l").noconvert(), py::arg("logits").noconvert() = py::none(), py::arg("skip_below") = 0.0F,
+           py::arg("seen_p").noconvert() = py::none(), py::arg("seen_m").noconvert() = py::none(),
            "One query token over blocks of one format; o, m and l are read and updated.")
       .def("expand", &expand, py::arg("format"), py::arg("block").noconvert(), py::arg("head_dim"),
            "One block as f32 tiles: k (head_dim, 64), v (64, head_dim).")
@@ -179,8 +189,9 @@ void add_attend(py::module_& m) {
            py::arg("start"), py::arg("begin"), py::arg("end"), py::arg("visible").noconvert(), py::arg("scale"),
            py::arg("softcap"), py::arg("o").noconvert(), py::arg("m").noconvert(), py::arg("l").noconvert(),
            "Many query rows over one expanded block; o, m and l are read and updated.")
-      .def("mass", &mass, py::arg("logits").noconvert(), py::arg("top").noconvert(), py::arg("weight").noconvert(),
-           "(group, 64) logits -> (64,): the sum over the group of weight * exp(logits - top).");
+      .def("mass", &mass, py::arg("seen_p").noconvert(), py::arg("seen_m").noconvert(), py::arg("top").noconvert(),
+           py::arg("weight").noconvert(),
+           "(group, 64) bits of fp16 and (group,) -> (64,): the sum over the group of weight * exp(seen_m - top) * p.");
   m.def(
       "attend_runnable",
       [] {

@@ -1,4 +1,4 @@
-// _core.Arena, the threads, and _core.cache: sequences by handle. Validate, lease, view, unlock, call.
+// _core.Arena, the library and its threads, and _core.cache: sequences by handle. Validate, lease, view, unlock, call.
 
 #include <algorithm>
 #include <array>
@@ -16,6 +16,7 @@
 #include "attention/attention.hpp"
 #include "bindings/bindings.hpp"
 #include "core/arena.hpp"
+#include "core/instances.hpp"
 #include "core/thread_pool.hpp"
 #include "kernels/quantize.hpp"
 #include "kv/registry.hpp"
@@ -364,6 +365,12 @@ void add_arena(py::module_& m) {
            py::arg("budget_bytes") = 0, py::arg("huge_pages") = true)
       .def("stats", &arena_stats)
       .def(
+          "set_budget",
+          [](Arena& arena, std::int64_t budget_bytes) {
+            return arena.set_budget(option(budget_bytes, "budget_bytes"));
+          },
+          py::arg("budget_bytes"), "Another budget, but not less than what is reserved; the one in force.")
+      .def(
           "fail_after", [](Arena& arena, std::int64_t n) { arena.fail_after(option(n, "n")); }, py::arg("n"),
           "Test seam: the n-th allocation from now is refused; 0 switches it off.");
   py::class_<ArenaBlock>(m, "ArenaBlock", "One block of an arena, released with the object.")
@@ -385,7 +392,8 @@ void add_step(py::module_& m) {
         "q: (tokens, heads, head_dim) -> ((tokens, heads, head_dim), None or (kv_heads, visible tokens))");
 }
 
-void add_threads(py::module_& m) {
+void add_process(py::module_& m) {
+  m.def("library_file", &own_file);
   m.attr("MAX_THREADS") = kMaxThreads;
   m.def("get_num_threads", [] { return ThreadPool::process().concurrency(); });
   m.def("set_num_threads", [](std::int64_t threads) { ThreadPool::process().resize(threads); }, py::arg("threads"));
@@ -395,7 +403,7 @@ void add_threads(py::module_& m) {
 
 void add_cache(py::module_& parent) {
   add_arena(parent);
-  add_threads(parent);
+  add_process(parent);
   py::module_ m =
       parent.def_submodule("cache", "Sequences by handle. One thread at a time uses a sequence: BusyError.");
   using Unlocked = py::call_guard<py::gil_scoped_release>;

@@ -12,7 +12,7 @@
 // larger or no finite q gets unspecified values. Nothing is read or written out of bounds.
 //
 // Decode, one query token. For each block, in list order, for each query head g:
-//   [lo, hi) = [begin, end) cut to the visible range; a block with none is skipped (its logits are -inf)
+//   [lo, hi) = [begin, end) cut to the visible range; a block with none is skipped (its logits are -inf; for the mass its p are 0 and its m is -inf)
 //   logits, tokens lo..hi-1:
 //     F16   s[t] = scale * sum_d q[d] * K[d][t]            (fma over d ascending, from 0)
 //     K8    w[d] = q[d] * kscale[d]; a = max |w|; W[d] = rint(w[d] * (16256 / a)) (all 0 where a < 2^-100);   bias = reduce16(sum q[d] * kmin[d])
@@ -68,7 +68,11 @@ struct DecodeTask {
   float* o;
   float* m;
   float* l;
-  float* logits;  // nullptr, or [count][group][64]: the logits s, for the attention mass
+  float* logits;  // nullptr, or [count][group][64]: the logits s
+  // For the attention mass, both or neither (nullptr): [count][group][64] p as fp16 (nearest, ties to even), and [count][group] the m' that
+  // they are relative to: the logits would be twice the bytes, which the blocks push out of L2, and each exp a second one.
+  std::uint16_t* seen_p;
+  float* seen_m;
 };
 
 struct PrefillTile {
@@ -98,9 +102,12 @@ struct Attend {
   // t = lo..hi-1 ascending from o * alpha + 0. (Never -0: so a product with p = 0 changes no bit, and an ISA may take the
   // tokens that any of several rows sees for all of them.)
   void (*prefill)(const PrefillTile& tile) noexcept;
-  // Attention mass of a block: sum[t] = weight[g] * exp(logits[g][t] - top[g]) by fma over g ascending, from 0.
-  // logits [group][64] as decode left them, top and weight [group], sum [64]; no logit above its head's top.
-  void (*mass)(const float* logits, std::size_t group, const float* top, const float* weight, float* sum) noexcept;
+  // Attention mass of a block: sum[t] = f[g] * p[g][t] by fma over g ascending, from 0; f[g] = weight[g] * exp(m[g] - top[g]).
+  // p [group][64] and m [group] as decode left them, top and weight [group], sum [64]; no m above its head's top.
+  void (*mass)(const std::uint16_t* p, const float* m, std::size_t group, const float* top, const float* weight,
+               float* sum) noexcept;
+  // out[i] = exp(x[i] - top), 64 of them, none above top.
+  void (*exp_below)(const float* x, float top, float* out) noexcept;
 };
 
 std::span<const Attend> attend_runnable();

@@ -42,11 +42,32 @@ static inline const std::byte* block_ahead(const DecodeTask& task, std::size_t i
   return task.then + (i - task.count) * record;
 }
 
-#define INFEROS_DECLARE_ATTEND                                                                           \
-  void attend_decode(const DecodeTask& task) noexcept;                                                   \
-  void attend_expand(Format format, const BlockView& block, std::size_t d, float* k, float* v) noexcept; \
-  void attend_prefill(const PrefillTile& tile) noexcept;                                                 \
-  void attend_mass(const float* logits, std::size_t group, const float* top, const float* weight, float* sum) noexcept
+struct Shown {  // what a DecodeTask gives away of its probabilities, from some head of some block on
+  float* logits;
+  std::uint16_t* p;
+  float* m;
+};
+
+static inline Shown shown_from(const DecodeTask& task, std::size_t head) noexcept {
+  return {task.logits == nullptr ? nullptr : task.logits + head * kBlockTokens,
+          task.seen_p == nullptr ? nullptr : task.seen_p + head * kBlockTokens,
+          task.seen_m == nullptr ? nullptr : task.seen_m + head};
+}
+
+// Of heads that see nothing of a block.
+static inline void show_nothing(const Shown& shown, std::size_t heads) noexcept {
+  for (std::size_t i = 0; shown.logits != nullptr && i < heads * kBlockTokens; ++i) shown.logits[i] = kMinusInfinity;
+  for (std::size_t i = 0; shown.p != nullptr && i < heads * kBlockTokens; ++i) shown.p[i] = 0;
+  for (std::size_t g = 0; shown.m != nullptr && g < heads; ++g) shown.m[g] = kMinusInfinity;
+}
+
+#define INFEROS_DECLARE_ATTEND                                                                                       \
+  void attend_decode(const DecodeTask& task) noexcept;                                                               \
+  void attend_expand(Format format, const BlockView& block, std::size_t d, float* k, float* v) noexcept;             \
+  void attend_prefill(const PrefillTile& tile) noexcept;                                                             \
+  void attend_mass(const std::uint16_t* p, const float* m, std::size_t group, const float* top, const float* weight, \
+                   float* sum) noexcept;                                                                             \
+  void attend_exp_below(const float* x, float top, float* out) noexcept
 
 namespace scalar {
 INFEROS_DECLARE_ATTEND;

@@ -30,7 +30,7 @@ float square(const float* row, std::size_t head_dim) noexcept {
 }
 
 // Records lie far apart, and what is measured between two samples leaves no cache with them.
-constexpr std::size_t kAhead = 8;
+constexpr std::size_t kAhead = 24;
 void prefetch(const ScoreRecord& record, std::size_t bytes) noexcept {
   if (record) kernels::prefetch(record.data(), bytes);
 }

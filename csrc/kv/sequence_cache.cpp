@@ -342,7 +342,9 @@ void SequenceCache::commit() {
   const bool decoded = s.step.tokens == 1;  // during prefill no block goes below what it became on leaving the window
   s.step = Step{};
   for (std::size_t i = 0; i < s.layers.size(); ++i) {
-    if (s.slides(i)) s.layers[i].forget_before(s.grids[1], s.length - s.options.layers[i].local_window);
+    if (s.slides(i)) {
+      s.layers[i].forget_before(s.grids[1], s.length - s.options.layers[i].local_window - kRewindReserve);
+    }
     if (s.scores.empty()) continue;
     s.scores[i].forget_before(s.layers[i].first());
     s.reviews[i].forget_before(s.layers[i].first());
@@ -394,9 +396,9 @@ bool SequenceCache::wants_key_check(std::size_t layer) const {
          s.keys[layer].is_due(s.length + s.step.tokens);
 }
 
-void SequenceCache::keys_checked(std::size_t layer, double divergence) noexcept {
+void SequenceCache::keys_checked(std::size_t layer, const KeyError& error) noexcept {
   State& s = *state_;
-  s.keys[layer].checked(s.length + s.step.tokens, divergence);
+  s.keys[layer].checked(s.length + s.step.tokens, error);
   s.reviews[layer].set_limits(s.narrowest(layer), max_level(s.options, layer) == Level::kL3);
 }
 

@@ -3,7 +3,7 @@
 //
 // Positions 0..sink-1 sit in one FP16 sink block per head; behind it the grid: blocks of 64 positions. The newest
 // `recent_window` tokens are FP16; a block whose last token is older than that is packed as a whole, when its layer is next called.
-// A sliding-window layer (local_window >= 0) has no sinks and frees blocks that no later query can see.
+// A sliding-window layer (local_window >= 0) has no sinks and frees blocks that no later query can see, not even after a rewind by kRewindReserve.
 //
 // A step is a transaction:
 //   begin(past, tokens)      the first layer called begins it; every memory a step may need, for all layers, is allocated here
@@ -37,6 +37,9 @@
 #include "kv/token_statistics.hpp"
 
 namespace inferos::kv {
+
+// Tokens by which every sequence can be taken back: as many as a draft that was checked has, and more.
+inline constexpr std::int64_t kRewindReserve = 16;
 
 // Not thread-safe: the caller holds the sequence (registry.hpp's Lease).
 class SequenceCache {
@@ -74,9 +77,9 @@ class SequenceCache {
   void mass_folded(std::size_t layer) noexcept;
   // Importance of a block of the grid; NaN where it is not known.
   double score(std::size_t layer, std::size_t head, std::size_t index) const;
-  // Whether the queries of this layer's appended step should be used to see what INT4 keys do to its softmax; and what they said, in nats.
+  // Whether the queries of this layer's appended step should be used to see what INT4 keys do to its output; and what they said.
   bool wants_key_check(std::size_t layer) const;
-  void keys_checked(std::size_t layer, double divergence) noexcept;
+  void keys_checked(std::size_t layer, const KeyError& error) noexcept;
   // What a block of the layer becomes at most, as things stand.
   Format narrowest(std::size_t layer) const;
 

@@ -35,6 +35,15 @@ Tensor read(Api api, const KernelContext* context, Input input) {
   return tensor;
 }
 
+// onnxruntime-genai feeds a value without a tensor where the host set none.
+Tensor read_handle(Api api, const KernelContext* context) {
+  try {
+    return read(api, context, Input::kHandle);
+  } catch (const Error&) {
+    throw Error(ErrorCode::kShape, "CompressedAttention: inferos_handle was not set: it has no default");
+  }
+}
+
 std::size_t elements(const Tensor& tensor) {
   std::size_t n = 1;
   for (const std::int64_t dim : tensor.dims) n = checked_mul(n, checked_range(dim, 0, kMaxExtent, "tensor extent"));
@@ -117,7 +126,7 @@ std::int64_t StepInputs::position(std::size_t row, std::size_t token) const noex
 }
 
 std::span<const kv::Handle> read_handles(Api api, const KernelContext* context) {
-  const Tensor handle = read(api, context, Input::kHandle);
+  const Tensor handle = read_handle(api, context);
   return {static_cast<const kv::Handle*>(handle.data), handle.data ? elements(handle) : 0};
 }
 

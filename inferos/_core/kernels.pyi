@@ -10,7 +10,7 @@ class Attend:
     """
     Attention kernels of one ISA; csrc/kernels/attend.hpp fixes what they compute.
     """
-    def decode(self, q: numpy.typing.NDArray[numpy.float32], format: typing.SupportsInt | typing.SupportsIndex, blocks: list[tuple[numpy.typing.NDArray[numpy.uint8], int, int, int, int]], visible: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex], scale: typing.SupportsFloat | typing.SupportsIndex, softcap: typing.SupportsFloat | typing.SupportsIndex, o: numpy.typing.NDArray[numpy.float32], m: numpy.typing.NDArray[numpy.float32], l: numpy.typing.NDArray[numpy.float32], logits: numpy.typing.NDArray[numpy.float32] | None = None, skip_below: typing.SupportsFloat | typing.SupportsIndex = 0.0) -> None:
+    def decode(self, q: numpy.typing.NDArray[numpy.float32], format: typing.SupportsInt | typing.SupportsIndex, blocks: list[tuple[numpy.typing.NDArray[numpy.uint8], int, int, int, int]], visible: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex], scale: typing.SupportsFloat | typing.SupportsIndex, softcap: typing.SupportsFloat | typing.SupportsIndex, o: numpy.typing.NDArray[numpy.float32], m: numpy.typing.NDArray[numpy.float32], l: numpy.typing.NDArray[numpy.float32], logits: numpy.typing.NDArray[numpy.float32] | None = None, skip_below: typing.SupportsFloat | typing.SupportsIndex = 0.0, seen_p: numpy.typing.NDArray[numpy.uint16] | None = None, seen_m: numpy.typing.NDArray[numpy.float32] | None = None) -> None:
         """
         One query token over blocks of one format; o, m and l are read and updated.
         """
@@ -18,9 +18,9 @@ class Attend:
         """
         One block as f32 tiles: k (head_dim, 64), v (64, head_dim).
         """
-    def mass(self, logits: numpy.typing.NDArray[numpy.float32], top: numpy.typing.NDArray[numpy.float32], weight: numpy.typing.NDArray[numpy.float32]) -> numpy.typing.NDArray[numpy.float32]:
+    def mass(self, seen_p: numpy.typing.NDArray[numpy.uint16], seen_m: numpy.typing.NDArray[numpy.float32], top: numpy.typing.NDArray[numpy.float32], weight: numpy.typing.NDArray[numpy.float32]) -> numpy.typing.NDArray[numpy.float32]:
         """
-        (group, 64) logits -> (64,): the sum over the group of weight * exp(logits - top).
+        (group, 64) bits of fp16 and (group,) -> (64,): the sum over the group of weight * exp(seen_m - top) * p.
         """
     def prefill(self, q: numpy.typing.NDArray[numpy.float32], k: numpy.typing.NDArray[numpy.float32], v: numpy.typing.NDArray[numpy.float32], start: typing.SupportsInt | typing.SupportsIndex, begin: typing.SupportsInt | typing.SupportsIndex, end: typing.SupportsInt | typing.SupportsIndex, visible: numpy.typing.NDArray[numpy.int32], scale: typing.SupportsFloat | typing.SupportsIndex, softcap: typing.SupportsFloat | typing.SupportsIndex, o: numpy.typing.NDArray[numpy.float32], m: numpy.typing.NDArray[numpy.float32], l: numpy.typing.NDArray[numpy.float32]) -> None:
         """

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from inferos.cli import bench, chat, demo, doctor, evaluate, folder, plan, run
+from inferos.cli import bench, chat, demo, doctor, evaluate, folder, inspect, plan, run
 from inferos.errors import ConfigError, ContextError, InferosError, ModelError, TemplateError
 
 __all__ = ["app", "main"]
@@ -106,6 +106,7 @@ app.command("demo")(demo.demo)
 app.command("run")(run.run)
 app.command("chat")(chat.chat)
 app.command("eval")(evaluate.evaluate)
+app.command("inspect")(inspect.inspect)
 app.command("plan")(plan.plan)
 app.command("rewrite")(folder.rewrite)
 app.command("doctor")(doctor.doctor)

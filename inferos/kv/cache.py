@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Literal, TypeVar, overload
 
@@ -16,21 +14,16 @@ import numpy.typing as npt
 from inferos import _core
 from inferos.errors import ConfigError, InferosError
 from inferos.kv.cache_policy import CachePolicy
+from inferos.kv.handle_inputs import HandleCell, new_cell
 from inferos.kv.statistics import Float64, Int64, TokenStatistics
 
-__all__ = ["Arena", "ArenaStats", "DemotionError", "KVCache", "KVStats", "KV_FORMATS", "LayerSpec", "library_path"]
+__all__ = ["Arena", "ArenaStats", "DemotionError", "KVCache", "KVStats", "KV_FORMATS", "LayerSpec"]
 
 KV_FORMATS = ("f16", "int8", "k8v4", "int4", "auto")
 _DEFAULT_MAX_TOKENS = 1 << 30
 
 Float32 = npt.NDArray[np.float32]
 Real = TypeVar("Real", npt.NDArray[np.float32], npt.NDArray[np.float16])
-
-
-def library_path() -> Path:
-    """Path of libinferos, the library that ONNX Runtime registers and C hosts link: the one `_core` itself runs on."""
-    names = {"win32": "inferos.dll", "darwin": "libinferos.dylib"}
-    return Path(str(_core.__file__)).parent / names.get(sys.platform, "libinferos.so")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +77,22 @@ class Arena:
     def stats(self) -> ArenaStats:
         """What the arena holds now."""
         return ArenaStats(**self._native.stats())
+
+    def set_budget(self, budget_bytes: int) -> int:
+        """Change the budget; empty pages go back first. The budget in force from now on.
+
+        Parameters
+        ----------
+        budget_bytes : int
+            0 = no limit. One below what is reserved becomes just that: what lies above comes free as sequences end, or
+            make room for their next step.
+
+        Raises
+        ------
+        ConfigError
+            If it is negative.
+        """
+        return self._native.set_budget(budget_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,12 +266,23 @@ class KVCache:
     def _own(self, handle: int) -> None:
         """Take over a native sequence; it is closed when this object dies."""
         self._handle = [handle]  # a list, so that the finaliser sees the handle that abandon() put there
-        self._finalizer = weakref.finalize(self, _close, self._handle)
+        self._cells: list[HandleCell] = []
+        self._finalizer = weakref.finalize(self, _close, self._handle, self._cells)
 
     @property
     def handle(self) -> int:
         """The int64 by which a graph input or a C host names this sequence. Changes with `abandon`."""
         return self._handle[0]
+
+    @property
+    def handle_input(self) -> HandleCell:
+        """`handle` as an array (1,), for hosts that keep a pointer to their inputs, as onnxruntime-genai does.
+
+        Its memory stays valid for ever; it holds 0, which every call refuses, once the sequence is closed or abandoned.
+        """
+        if not self._cells:
+            self._cells.append(new_cell(self.handle))
+        return self._cells[0]
 
     @property
     def length(self) -> int:
@@ -557,6 +577,7 @@ class KVCache:
 
         Waits for a layer of the run that is inside inferos just now. Whatever the run does later is refused.
         """
+        _void(self._cells)
         self._handle[0] = _core.cache.abandon(self.handle)
 
     def close(self) -> None:
@@ -581,5 +602,11 @@ def _limited(kv: str, max_levels: Sequence[str] | None, layers: int) -> list[str
     return [min(kv, widest[level], key=KV_FORMATS.index) for level in levels]
 
 
-def _close(handle: list[int]) -> None:
+def _close(handle: list[int], cells: list[HandleCell]) -> None:
+    _void(cells)
     _core.cache.close(handle[0])
+
+
+def _void(cells: list[HandleCell]) -> None:
+    while cells:
+        cells.pop()[0] = 0

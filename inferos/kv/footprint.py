@@ -20,9 +20,10 @@ from inferos.kv.tiers import check_thresholds, settled_shares
 __all__ = ["CachePlan", "Footprint"]
 
 _BLOCK_TOKENS = 64
-_SCORE_PAGE = (
-    32  # csrc/kv/importance.hpp: blocks of a head that share a record, beside each block's own until it is at L2
-)
+# Tokens that a sliding window keeps for a rewind: kRewindReserve of csrc/kv/sequence_cache.hpp.
+_REWIND_RESERVE = 16
+# Blocks of a head that share a record of scores, beside each block's own until it is at L2: csrc/kv/importance.hpp.
+_SCORE_PAGE = 32
 _FORMATS: dict[str, BlockFormat] = {"f16": "f16", "int8": "int8", "k8v4": "k8v4", "int4": "int4"}
 # csrc/core/arena.cpp: a slab is at most a 16th of what is held, within 64 KiB..2 MiB, and under a budget a 128th of that.
 _SMALLEST_SLAB, _LARGEST_SLAB, _SLAB_SHARE, _BUDGET_SLABS = 64 << 10, 2 << 20, 16, 128
@@ -172,7 +173,11 @@ class CachePlan:
         slides = spec.local_window >= 0
         origin = 0 if slides else self.sink_tokens
         grid = -(-max(tokens - origin, 0) // _BLOCK_TOKENS)
-        gone = min(max((tokens - spec.local_window) // _BLOCK_TOKENS, 0), max(grid - 1, 0)) if slides else 0
+        gone = (
+            min(max((tokens - spec.local_window - _REWIND_RESERVE) // _BLOCK_TOKENS, 0), max(grid - 1, 0))
+            if slides
+            else 0
+        )
         # A step packs what had left the window before it: the last one saw tokens - 1.
         due = max(max(tokens - 1 - self.recent_window - origin, 0) // _BLOCK_TOKENS - gone, 0)
         blocks = self._levels(due)
@@ -213,7 +218,7 @@ class CachePlan:
         """Most blocks of the grid that are there at once, a run of the prompt in passing."""
         if spec.local_window < 0:
             return grid
-        return min(grid, (spec.local_window + self.prefill_chunk) // _BLOCK_TOKENS + 3)
+        return min(grid, (spec.local_window + _REWIND_RESERVE + self.prefill_chunk) // _BLOCK_TOKENS + 3)
 
     def _most(self, spec: LayerSpec, grid: int, due: int, settled: Counter[str]) -> Counter[str]:
         """Most blocks of each format at any moment until now: what reviews pack was in a wider one before."""

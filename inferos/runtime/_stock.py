@@ -1,7 +1,8 @@
-"""The uncompressed session: the model as exported, its past and present in plain FP32 or FP16 buffers."""
+"""The uncompressed session: the model as exported, its past and present in plain tensors of the graph's own type."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Collection
 from typing import Any
 
@@ -10,19 +11,19 @@ import numpy.typing as npt
 
 from inferos.errors import ClosedError, ProviderError, RewindError, ShapeError
 from inferos.runtime._ort import ORT_ERRORS, check_ids, chunks, input_types, open_ort, session_options
+from inferos.runtime._stock_cache import GrowingPasts, SharedBuffers, StockCache, past_tensors
 from inferos.runtime.layout import ModelLayout
 from inferos.runtime.protocols import Float32, Ids, TokenSequence
 
 __all__ = ["StockSequence", "StockSession"]
 
-_GROWTH = 256  # tokens a buffer grows by: at most this many are allocated and unused
-
 
 class StockSession:
     """A decoder with ONNX Runtime's own attention. The baseline for speed, bytes and quality.
 
-    Past and present of a layer share one buffer, as onnxruntime-genai does it: a step copies nothing.
-    Several sequences are stepped one after the other.
+    Where the graph allows it, past and present of a layer share one buffer; else each run makes new tensors. Several
+    sequences are stepped one after the other. In a graph with two branches only the first run of a sequence has several
+    tokens: the branch with past is often traced with a single one, and its mask is right for that only.
     """
 
     kv = "off"
@@ -30,8 +31,30 @@ class StockSession:
     def __init__(self, layout: ModelLayout, *, threads: int, prefill_chunk: int) -> None:
         self.layout = layout
         self.prefill_chunk = prefill_chunk
-        self.ort = open_ort(layout.model_path, session_options(threads), layout.folder)
+        self.ort = open_ort(layout.model_path, session_options(threads), layout.model_path.parent)
         self.types = input_types(self.ort)
+        self.pasts = past_tensors(self.ort, layout)
+        self._branch_shape: list[int] = next(
+            (v.shape for v in self.ort.get_inputs() if v.name == layout.use_cache_branch), []
+        )
+
+    def cache(self) -> StockCache:
+        """Tensors of a sequence without tokens."""
+        return (
+            SharedBuffers(self.pasts, self.context_length) if self.layout.shared_buffers else GrowingPasts(self.pasts)
+        )
+
+    def feeds(self, ids: Ids, past: int, *, keep_all: bool) -> dict[str, npt.NDArray[Any]]:
+        """Everything the graph takes but its past, for ids (tokens,) after `past` tokens."""
+        layout, total = self.layout, past + ids.size
+        values: dict[str, Any] = {
+            layout.input_ids: ids[None, :],
+            layout.attention_mask: np.ones((1, total), np.int64),
+            layout.position_ids: np.arange(past, total)[None, :],
+            layout.logits_to_keep: 0 if keep_all else 1,
+            layout.use_cache_branch: np.full(self._branch_shape, past > 0),
+        }
+        return {name: np.array(value, self.types[name]) for name, value in values.items() if name}
 
     @property
     def vocab_size(self) -> int:
@@ -64,12 +87,12 @@ class StockSession:
 
 
 class StockSequence:
-    """Tokens of one conversation and their buffers, (1, kv_heads, capacity, head_dim) for each layer's K and V."""
+    """Tokens of one conversation and their tensors, (1, kv_heads, tokens, head_dim) for each layer's K and V."""
 
-    def __init__(self, session: StockSession) -> None:
+    def __init__(self, session: StockSession, cache: StockCache | None = None) -> None:
         self.session = session
         self._length = 0
-        self._buffers: list[npt.NDArray[np.generic]] | None = []
+        self._cache: StockCache | None = session.cache() if cache is None else cache
 
     @property
     def length(self) -> int:
@@ -78,8 +101,8 @@ class StockSequence:
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of the buffers, in the type ONNX Runtime computes in."""
-        return sum(buffer.nbytes for buffer in self._buffers or ())
+        """Bytes of the tensors, in the type ONNX Runtime computes in."""
+        return 0 if self._cache is None else self._cache.nbytes
 
     @property
     def kv_elements(self) -> int:
@@ -98,82 +121,71 @@ class StockSequence:
 
     def rewind(self, length: int) -> None:
         """Forget positions >= length."""
-        self._open_buffers()
+        cache = self._open_cache()
         if not 0 <= length <= self._length:
             raise RewindError(f"rewind: {length} is not within 0..{self._length}")
+        cache.rewind(length)
         self._length = length
 
     def fork(self) -> StockSequence:
-        """A copy of the tokens and their buffers."""
-        other = StockSequence(self.session)
-        other._buffers = [buffer.copy() for buffer in self._open_buffers()]
+        """A second sequence with the same tokens."""
+        other = StockSequence(self.session, self._open_cache().fork())
         other._length = self._length
         return other
 
     def close(self) -> None:
-        """Free the buffers."""
-        self._buffers = None
+        """Free the tensors."""
+        self._cache = None
 
-    def _open_buffers(self) -> list[npt.NDArray[np.generic]]:
-        if self._buffers is None:
+    def _open_cache(self) -> StockCache:
+        if self._cache is None:
             raise ClosedError("the sequence is closed")
-        return self._buffers
+        return self._cache
 
     def _feed(self, ids: Ids, *, keep_all: bool) -> Float32:
-        self._open_buffers()
+        self._open_cache()
         ids = check_ids(ids, self.session.layout, self._length)
         start = self._length
-        step = 1 if keep_all and self.session.layout.last_logits_only else self.session.prefill_chunk
         rows = []
         try:
-            for chunk in chunks(ids, step, self.session.vocab_size):
-                logits = self._run(chunk)
+            for piece in self._pieces(ids, keep_all=keep_all):
+                logits = self._run(piece, keep_all=keep_all)
                 rows.append((logits if keep_all else logits[-1:]).astype(np.float32))
         except BaseException:
-            self._length = start
+            self.rewind(start)
             raise
         return np.concatenate(rows) if keep_all else rows[-1]
 
-    def _grow(self, tokens: int) -> None:
-        capacity = min(-(-tokens // _GROWTH) * _GROWTH, max(tokens, self.session.context_length))
-        buffers = self._open_buffers()
-        if buffers and buffers[0].shape[2] >= capacity:
+    def _pieces(self, ids: Ids, *, keep_all: bool) -> Iterator[Ids]:
+        """The ids of one run each."""
+        session = self.session
+        most = session.layout.tokens_per_run(session.prefill_chunk, keep_all=keep_all)
+        if not session.layout.use_cache_branch:
+            yield from chunks(ids, most, session.vocab_size)
             return
-        layout = self.session.layout
-        grown = [
-            np.zeros((1, layer.kv_heads, capacity, layer.head_dim), layout.dtype)
-            for layer in layout.layers
-            for _ in "kv"
-        ]
-        for old, new in zip(buffers, grown, strict=False):
-            new[:, :, : self._length] = old[:, :, : self._length]
-        self._buffers = grown
+        first = 0 if self._length else next(chunks(ids, most, session.vocab_size)).size
+        if first:
+            yield ids[:first]
+        for at in range(first, ids.size):
+            yield ids[at : at + 1]
 
-    def _run(self, ids: Ids) -> npt.NDArray[Any]:
+    def _run(self, ids: Ids, *, keep_all: bool) -> npt.NDArray[Any]:
         """Logits (tokens, vocab_size) of one run; the tokens count once it has succeeded."""
-        session, layout = self.session, self.session.layout
+        session, cache = self.session, self._open_cache()
         total = self._length + ids.size
-        self._grow(total)
-        feeds = {layout.input_ids: ids[None, :]}
-        if layout.attention_mask:
-            feeds[layout.attention_mask] = np.ones((1, total), np.int64)
-        if layout.position_ids:
-            feeds[layout.position_ids] = np.arange(self._length, total)[None, :]
         binding = session.ort.io_binding()
-        for name, values in feeds.items():
-            binding.bind_cpu_input(name, np.ascontiguousarray(values, session.types[name]))
-        binding.bind_output(layout.logits, "cpu")
-        buffers = iter(self._open_buffers())
-        for layer in layout.layers:
-            for past, present in ((layer.past_key, layer.present_key), (layer.past_value, layer.present_value)):
-                memory = next(buffers)
-                place = ("cpu", 0, memory.dtype, memory.shape, memory.ctypes.data)
-                binding.bind_input(past, *place)
-                binding.bind_output(present, *place)
+        for name, values in session.feeds(ids, self._length, keep_all=keep_all).items():
+            binding.bind_cpu_input(name, values)
+        binding.bind_output(session.layout.logits, "cpu")
+        cache.reserve(total)
+        cache.bind(binding)
         try:
             session.ort.run_with_iobinding(binding)
         except ORT_ERRORS as error:
             raise ProviderError(f"the model failed: {error}") from error
+        logits, *presents = binding.get_outputs()
+        cache.keep(presents)
         self._length = total
-        logits: npt.NDArray[Any] = binding.get_outputs()[0].numpy()[0]
-        return logits
+        # An export may leave the tokens' axis out or add one; the last is the vocabulary's.
+        shown: npt.NDArray[Any] = logits.numpy()
+        return shown.reshape(-1, shown.shape[-1])

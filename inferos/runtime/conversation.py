@@ -71,7 +71,7 @@ class Conversation:
         model, before = self._model, list(self._messages)
         chosen = {**self._options, **options}
         tools = chosen.pop("tools", None)
-        sampler, limits = model._prepare(True, **chosen)  # noqa: SLF001 - a part of Model
+        prepared = model._prepare(True, **chosen)  # noqa: SLF001 - a part of Model
         messages = [*before, *_as_messages(content)]
         ids = model.prompt_ids(messages, tools=tools)
         if self._cached is None:
@@ -86,7 +86,7 @@ class Conversation:
             if self._closed and self._cached is not None:
                 self._cached.sequence.close()
 
-        generation = model._start(self._cached, ids, sampler, limits, end)  # noqa: SLF001
+        generation = model._start(self._cached, ids, prepared, end)  # noqa: SLF001
         self._running = weakref.ref(generation)
         return generation
 

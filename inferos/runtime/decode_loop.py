@@ -18,7 +18,8 @@ import numpy as np
 
 from inferos.errors import BudgetError, RewindError
 from inferos.runtime.protocols import DecoderSession, Float32, Ids, TokenSequence
-from inferos.runtime.sampler import Sampler
+from inferos.runtime.sampler import Choice, Sampler
+from inferos.runtime.speculation import SpeculationGate
 from inferos.runtime.stop_texts import StopTail, Token
 from inferos.runtime.tokenizer import TextStream
 
@@ -107,6 +108,12 @@ class CachedTokens:
         self.ids.extend(asked.ids)
         return logits
 
+    def take_back(self, tokens: int) -> None:
+        """Forget the newest tokens; 16 are possible at any time."""
+        if tokens:
+            self.sequence.rewind(len(self.ids) - tokens)
+            del self.ids[-tokens:]
+
     def chunks(self, ids: Sequence[int]) -> Iterator[Sequence[int]]:
         """Pieces of a prompt to feed one by one."""
         for start in range(0, len(ids), self._chunk):
@@ -137,7 +144,9 @@ class DecodeLoop:
     cached_tokens : int
         Those found in the cache.
     seed : int
-    decode_steps, decode_seconds : one-token steps, and what they took from asking to drawing
+    speculation : SpeculationGate or None
+        Where it is given, drafts are checked along with the newest token.
+    decode_tokens, decode_seconds : tokens of the steps behind the prompt, and what they took from asking to drawing
     """
 
     def __init__(
@@ -149,8 +158,10 @@ class DecodeLoop:
         context_length: int,
         stream: TextStream | None,
         clock: Callable[[], float],
+        speculation: SpeculationGate | None = None,
     ) -> None:
         self.cached = cached
+        self.speculation = speculation
         self._prompt: list[int] = prompt.tolist()
         self._sampler = sampler
         self._limits = limits
@@ -163,7 +174,7 @@ class DecodeLoop:
         self.cached_tokens = 0
         self.seed = sampler.seed
         self.decode_seconds = 0.0
-        self.decode_steps = 0
+        self.decode_tokens = 0
 
     def steps(self) -> Steps:
         """The tokens, and what is needed on the way to them.
@@ -173,33 +184,76 @@ class DecodeLoop:
         stream = self._stream
         tail = StopTail(self._limits.stops)
         logits = yield from self._prefill()
-        drawn, began = 0, None
-        while logits is not None:
-            choice = self._sampler.next(logits)
-            if began is not None:
-                self.decode_seconds += self._clock() - began
-                self.decode_steps += 1
-            if choice.id in self._limits.eos_ids:
-                self.reason = "eos"
+        drawn, choices = 0, [] if logits is None else [self._sampler.next(logits)]
+        try:
+            while choices:
+                choice = choices.pop(0)
+                if choice.id in self._limits.eos_ids:
+                    self.reason = "eos"
+                    break
+                drawn += 1
+                text = stream.push(choice.id) if stream is not None else ""
+                pending = stream is not None and stream.pending
+                yield from tail.add(Token(choice.id, text, choice.logprob), pending)
+                self.reason = self._reason_after(tail, drawn, len(choices))
+                if self.reason is not None:
+                    break
+                if not choices:
+                    choices = yield from self._step(choice.id, self._limits.max_tokens - drawn)
+            if self.reason != "stop":
+                yield from tail.flush(stream.flush() if stream is not None else "")
+        finally:
+            # Of tokens drawn ahead and not given out all but the last are fed, and so is the newest one given out.
+            self.cached.take_back(len(choices))
+
+    def _step(self, id: int, left: int) -> Generator[Feed, Any, list[Choice]]:
+        """What is drawn after the newest token: one choice, more where a draft was right, none if the budget ends it.
+
+        All but the last of them are fed, and the sampler has accepted them.
+        """
+        began, gate = self._clock(), self.speculation
+        draft: list[int] = []
+        if gate is not None:
+            gate.push([id])
+            draft = gate.draft(min(left, self._context_length - len(self.cached.ids)) - 1)
+        choices = (yield from self._check(id, draft)) if draft else None
+        if choices is None:
+            logits = yield from self._feed([id])
+            if logits is None:
+                return []
+            self._sampler.accept(id)
+            choices = [self._sampler.next(logits)]
+        self.decode_seconds += self._clock() - began
+        self.decode_tokens += len(choices)
+        return choices
+
+    def _check(self, id: int, draft: list[int]) -> Generator[Feed, Any, list[Choice] | None]:
+        """As `_step`, with a draft behind the newest token; None where the budget has no room for one."""
+        try:
+            rows: Float32 = yield Feed([id, *draft], all_logits=True)
+        except BudgetError:
+            return None
+        sampler, choices = self._sampler, []
+        sampler.accept(id)
+        for row, guess in zip(rows, [*draft, None], strict=True):
+            choices.append(sampler.next(row))
+            drawn = choices[-1].id
+            if drawn != guess or drawn in self._limits.eos_ids:
                 break
-            drawn += 1
-            text = stream.push(choice.id) if stream is not None else ""
-            pending = stream is not None and stream.pending
-            yield from tail.add(Token(choice.id, text, choice.logprob), pending)
-            self.reason = self._reason_after(tail, drawn)
-            if self.reason is not None:
-                break
-            began = self._clock()
-            logits = yield from self._feed([choice.id])
-            if logits is not None:
-                self._sampler.accept(choice.id)
-        if self.reason != "stop":
-            yield from tail.flush(stream.flush() if stream is not None else "")
+            sampler.accept(drawn)
+        accepted = len(choices) - 1
+        self.cached.take_back(len(draft) - accepted)
+        if self.speculation is not None:
+            self.speculation.push(draft[:accepted])
+            self.speculation.checked(len(draft), accepted)
+        return choices
 
     def _prefill(self) -> Generator[Feed, Any, Float32 | None]:
         """Logits after the prompt, or None if cancelled on the way or out of budget."""
         self.cached_tokens = self.cached.align(self._prompt)
         self._sampler.observe(np.array(self._prompt, dtype=np.int64))
+        if self.speculation is not None:
+            self.speculation.push(self._prompt)
         logits = None
         for chunk in self.cached.chunks(self._prompt[self.cached_tokens :]):
             if self._cancelled():
@@ -221,12 +275,12 @@ class DecodeLoop:
             return None
         return logits
 
-    def _reason_after(self, tail: StopTail, drawn: int) -> FinishReason | None:
+    def _reason_after(self, tail: StopTail, drawn: int, ahead: int) -> FinishReason | None:
         if tail.stopped:
             return "stop"
         if drawn >= self._limits.max_tokens:
             return "length"
-        if len(self.cached.ids) >= self._context_length:
+        if not ahead and len(self.cached.ids) >= self._context_length:
             return "context"
         return "cancelled" if self._cancelled() else None
 

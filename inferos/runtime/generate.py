@@ -71,9 +71,15 @@ class Generation:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Decode steps per second of decoding, prompt and consumer not counted; None before the first step."""
+        """Tokens per second of decoding, prompt and consumer not counted; None before the first step."""
         loop = self._run.loop
-        return loop.decode_steps / loop.decode_seconds if loop.decode_seconds > 0 else None
+        return loop.decode_tokens / loop.decode_seconds if loop.decode_seconds > 0 else None
+
+    @property
+    def accept_rate(self) -> float | None:
+        """Share of drafted tokens that were right, over the last 50 drafts; None without speculation or a draft."""
+        gate = self._run.loop.speculation
+        return gate.accept_rate if gate is not None else None
 
     @property
     def kv_bytes(self) -> int | None:

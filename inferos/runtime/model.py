@@ -16,6 +16,7 @@ from typing import Any, Self, TypeVar, Unpack, overload
 import numpy as np
 
 from inferos.config import Policy, check_kv, load_policy, parse_size
+from inferos.devices.placement import Placement, asked_for
 from inferos.errors import ClosedError, ConfigError, ContextError, ModelError
 from inferos.kv.policy import PolicyStore, PolicyVersion
 from inferos.runtime.batch import MAX_ROWS, Batch, BatchDecoder
@@ -24,6 +25,8 @@ from inferos.runtime.chat import ChatTemplate, find_template
 from inferos.runtime.conversation import Conversation
 from inferos.runtime.decode_loop import CachedTokens, Cancel, DecodeLoop, Limits
 from inferos.runtime.effective import EffectivePolicy, describe_policy
+from inferos.runtime.failover import EngineState, RobustFallbackManager
+from inferos.runtime.failover.relief import ModelMemory
 from inferos.runtime.generate import Generation
 from inferos.runtime.prompts import (
     DEFAULT_MAX_TOKENS,
@@ -34,9 +37,10 @@ from inferos.runtime.prompts import (
     are_prompts,
     checked_ids,
 )
-from inferos.runtime.protocols import DecoderSession, FollowsRules, Ids, RequestObserver
+from inferos.runtime.protocols import DecoderSession, FollowsRules, Ids, RequestObserver, Role
 from inferos.runtime.run import Alone, Run
-from inferos.runtime.sampler import MAX_SEED, Sampler, SamplingOptions
+from inferos.runtime.sampler import Sampler, SamplingOptions
+from inferos.runtime.speculation import PromptLookup, SpeculationGate
 from inferos.runtime.stop_texts import check_stops
 from inferos.runtime.tokenizer import TextTokenizer, read_json
 
@@ -44,31 +48,32 @@ __all__ = ["DEFAULT_MAX_TOKENS", "Model", "Prompt", "load", "resolve_model"]
 
 P = TypeVar("P", bound=PromptInList)
 R = TypeVar("R", bound=Run)
+Prepared = tuple[Sampler, Limits, SpeculationGate | None]  # the options of a generation, checked
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 def resolve_model(model: str | Path) -> Path:
-    """The folder a MODEL argument stands for.
+    """The folder or the ONNX file a MODEL argument stands for.
 
     Parameters
     ----------
     model : str or Path
-        "reference" is the embedded model, built on first use; anything else is the path of a folder.
+        "reference" is the embedded model, built on first use; anything else is the path of a folder or an ONNX file.
 
     Raises
     ------
     ModelError
-        If it is no folder.
+        If it is neither.
     """
     if model == "reference":
         from inferos.runtime.reference import reference_folder
 
         return reference_folder()
     path = Path(model).expanduser()
-    if not path.is_dir():
+    if not path.is_dir() and not (path.is_file() and path.suffix == ".onnx"):
         what = "a file" if path.exists() else "not there"
-        raise ModelError(f"model: {str(model)!r} is {what}; wanted a model's folder, or reference")
+        raise ModelError(f"model: {str(model)!r} is {what}; wanted a model's folder, an ONNX file, or reference")
     return path
 
 
@@ -80,13 +85,15 @@ def load(
     budget_bytes: int | str | None = None,
     threads: int = 0,
     prefill_chunk: int = 512,
+    deadline_seconds: float | None = None,
 ) -> Model:
     """Open a model.
 
     Parameters
     ----------
     model : str or Path
-        A folder of an onnxruntime-genai model, as exported or rewritten; "reference" is the embedded one.
+        A folder of onnxruntime-genai, optimum or transformers.js, or one ONNX file, as exported or rewritten;
+        "reference" is the embedded model.
     kv : str
         What older tokens are kept in: f16, int8, k8v4 or int4; auto leaves it to the policy; off is ONNX Runtime's
         own uncompressed cache.
@@ -99,6 +106,9 @@ def load(
         Threads inside a node; 0 is ONNX Runtime's own choice.
     prefill_chunk : int
         Tokens of one prefill run at most; bounds the peak memory of a long prompt.
+    deadline_seconds : float, optional
+        Seconds a step may take where another device could take it over; one that takes longer is run again there. As
+        long as it takes unless given, and where only one device runs the model.
 
     Returns
     -------
@@ -109,7 +119,8 @@ def load(
     ConfigError
         If an option is unknown or out of range.
     ModelError, UnsupportedError
-        If the folder holds no usable decoder model, or one whose attention cannot be rewritten.
+        If there is no usable decoder model, or one whose attention cannot be rewritten; `kv="off"` takes any attention
+        whose past it can feed.
     """
     from inferos.runtime.layout import read_layout
     from inferos.runtime.session import open_by_policy
@@ -117,7 +128,7 @@ def load(
     rules = load_policy(policy)
     word = check_kv(kv)
     budget = None if budget_bytes is None else parse_size(budget_bytes)
-    layout = read_layout(resolve_model(model))
+    layout = read_layout(resolve_model(model), stock=word == "off")
     session = open_by_policy(
         layout,
         word,
@@ -126,6 +137,8 @@ def load(
         threads=threads,
         prefill_chunk=prefill_chunk,
     )
+    if deadline_seconds is not None and (failover := getattr(session, "failover", None)) is not None:
+        failover.limit(deadline_seconds)
     return Model(
         session,
         folder=layout.folder,
@@ -161,6 +174,9 @@ class Model:
         Told of every generation that ended without an error; may be set at any time.
     policies : PolicyStore
         The policy in force and its history. What is changed there is in force like `set_policy`.
+    fallbacks : RobustFallbackManager
+        Counts and lists failovers, says which engines are well, and changes policy, memory and devices where it is told
+        of trouble.
 
     Notes
     -----
@@ -189,6 +205,10 @@ class Model:
         self._first = policy or Policy()
         self.policies = PolicyStore(self._first, apply=self._follow)
         self.observer: RequestObserver | None = None
+        failover = getattr(session, "failover", None)  # of a session that has several engines, or may have
+        self.fallbacks: RobustFallbackManager = RobustFallbackManager() if failover is None else failover.manager
+        self._memory = ModelMemory(session)
+        self.fallbacks.attach(policy=self.policies, memory=self._memory, switch_device=getattr(session, "prefer", None))
         self._prefill_chunk = prefill_chunk
         self._clock = clock
         self._closed = False
@@ -235,7 +255,48 @@ class Model:
             getattr(self.session, "rules", None),
             word=self._word,
             budget_bytes=None if arena is None else arena.stats().budget_bytes,
+            placement=self.placement,
         )
+
+    @property
+    def placement(self) -> Placement | None:
+        """The devices that prefill and decode, and why; None where the session runs on the processor only."""
+        placer = getattr(self.session, "placer", None)
+        return None if placer is None else placer.placement
+
+    def place(self, *, prefill: str | None = None, decode: str | None = None, reason: str = "placed") -> int:
+        """Move prefill or decode to another device, from the next step on; the new policy's number.
+
+        The same as setting `scheduler.mode` hybrid and its devices in the policy. Sequences that are open go on with
+        the caches they have.
+
+        Parameters
+        ----------
+        prefill, decode : str, optional
+            cpu, gpu, dml, npu or auto; one that is not given stays.
+        reason : str
+            For the history.
+
+        Raises
+        ------
+        ConfigError
+            If a word is unknown.
+        """
+        changes = {"mode": "hybrid"}
+        _, *words = asked_for(self.policy)
+        for name, word, now in (("prefill_device", prefill, words[0]), ("decode_device", decode, words[1])):
+            wanted = now if word is None else word
+            changes[name] = "dml" if wanted == "gpu" else wanted
+        return self.set_policy({"scheduler": changes}, reason)
+
+    def engine_states(self) -> dict[Role, tuple[EngineState, ...]]:
+        """Who runs prefill and decode: the engines as the next step would try them, those that were left with the reason.
+
+        Empty where the session has no choice.
+        """
+        states = getattr(self.session, "engine_states", None)
+        roles: tuple[Role, Role] = ("prefill", "decode")
+        return {} if states is None else {role: states(role) for role in roles}
 
     def watch_quality(self, source: Callable[[], float | None]) -> None:
         """Let mode dynamic follow a measured quality: `source` gives the newest delta PPL, or None.
@@ -303,6 +364,9 @@ class Model:
         cancel : threading.Event or alike, optional
             Looked at before every step and between two chunks of the prompt.
         tools : JSON schemas of functions, for the chat template
+        speculate : bool, default False
+            Guess tokens from what the text did before, and check several guesses in one step: faster where the text
+            repeats itself. What is drawn stays what it was. `inferos.runtime.speculation` says when it pauses.
 
         Returns
         -------
@@ -323,17 +387,14 @@ class Model:
         ClosedError
             If the model is closed.
         """
-        if not are_prompts(prompt):
-            generation = Generation(Alone(self._begin(Run, self._clock, prompt, max_tokens, **options)))  # type: ignore[arg-type]
-            self._track(generation)
-            return generation
-        batch = self.batch()
-        first = options.get("seed")
-        for number, one in enumerate(prompt):
-            if isinstance(first, int):
-                options["seed"] = (first + number) & MAX_SEED
-            batch.add(one, max_tokens, **options)
-        return batch
+        if are_prompts(prompt):
+            batch = self.batch()
+            batch.add_all(prompt, max_tokens, **options)
+            return batch
+        run = self._begin(Run, self._clock, prompt, max_tokens, **options)  # type: ignore[arg-type]
+        generation = Generation(Alone(run))
+        self._track(generation)
+        return generation
 
     def batch(self, max_rows: int = MAX_ROWS) -> Batch:
         """An empty batch, to which prompts with options of their own are added, also while others decode.
@@ -343,9 +404,7 @@ class Model:
         max_rows : int
             Rows decoded together at most; further ones wait till one has ended.
         """
-        self._check_open()
-        decoder = BatchDecoder(self.session, max_rows=max_rows, prefill_tokens=self._prefill_chunk, clock=self._clock)
-        return Batch(self, decoder)
+        return Batch(self, self._decoder(max_rows))
 
     def chat(self, system: str | None = None, **options: Any) -> Conversation:
         """A conversation that keeps its cache between turns.
@@ -399,14 +458,19 @@ class Model:
     @cached_property
     def _search(self) -> dict[str, Any]:
         """The folder's search defaults, if they ask for sampling."""
-        found = read_json(self.folder / "genai_config.json").get("search") if self.folder is not None else None
+        found: object = None
+        file = "genai_config.json: search."
+        if self.folder is not None:
+            found = read_json(self.folder / "genai_config.json").get("search")
+            if found is None:
+                file, found = "generation_config.json: ", read_json(self.folder / "generation_config.json")
         if not isinstance(found, dict) or found.get("do_sample") is not True:
             return {}
         wanted = {name: found[name] for name in _SAMPLING if found.get(name) is not None}
         try:
             SamplingOptions(**wanted)
         except ConfigError as error:
-            raise ModelError(f"genai_config.json: search.{error}") from error
+            raise ModelError(f"{file}{error}") from error
         return {"temperature": 1.0, **wanted}
 
     def _prepare(
@@ -418,8 +482,9 @@ class Model:
         ignore_eos: bool = False,
         cancel: Cancel | None = None,
         seed: int | None = None,
+        speculate: bool = False,
         **sampling: float | None,
-    ) -> tuple[Sampler, Limits]:
+    ) -> Prepared:
         """The options of a generation, checked."""
         self._check_open()
         unknown = set(sampling) - set(_SAMPLING)
@@ -440,20 +505,34 @@ class Model:
             special = self.tokenizer.special_tokens
             ends.update(special[text] for text in texts if text in special)
             texts = tuple(text for text in texts if text not in special)
-        return Sampler(options), Limits(
-            count, frozenset(ends), texts, cancel, budget_ends=self.policy.kv.overflow == "stop"
-        )
+        limits = Limits(count, frozenset(ends), texts, cancel, budget_ends=self.policy.kv.overflow == "stop")
+        return Sampler(options), limits, self._speculation() if speculate else None
+
+    def _speculation(self) -> SpeculationGate:
+        layout = getattr(self.session, "layout", None)
+        if layout is not None and layout.last_logits_only:
+            raise ConfigError("speculate: the model gives logits of its last token only, so no draft can be checked")
+        return SpeculationGate(self.policy.quality.min_accept_rate, PromptLookup())
 
     def _follow(self, policy: Policy) -> None:
         """Bring a policy into force. Before the first change a fixed format that it chose is kept as such."""
         if not isinstance(self.session, FollowsRules):
             return
         rules = CacheRules.of(policy, len(self.session.layout.layers), self._word)
+        placer = getattr(self.session, "placer", None)
+        if placer is not None:
+            placer.follow(policy)
         # What may change again is reviewed: an open cache of a fixed format could not follow.
         self.session.rules = replace(rules, kv="auto") if self._word == "auto" else rules
 
     def _cache(self) -> CachedTokens:
         return CachedTokens(self.session, self._prefill_chunk)
+
+    def _decoder(self, max_rows: int) -> BatchDecoder:
+        self._check_open()
+        decoder = BatchDecoder(self.session, max_rows=max_rows, prefill_tokens=self._prefill_chunk, clock=self._clock)
+        self._memory.watch(decoder)
+        return decoder
 
     def _begin(
         self,
@@ -466,14 +545,14 @@ class Model:
         **options: Any,
     ) -> R:
         """A run of its own cache, which its end frees."""
-        sampler, limits = self._prepare(are_messages(prompt), max_tokens, **options)
+        prepared = self._prepare(are_messages(prompt), max_tokens, **options)
         ids = self.prompt_ids(prompt, tools=tools)
         cached = self._cache()
 
         def end(_run: Run, _error: BaseException | None) -> None:
             cached.sequence.close()
 
-        return self._run(kind, clock, cached, ids, sampler, limits, end)
+        return self._run(kind, clock, cached, ids, prepared, end)
 
     def _run(
         self,
@@ -481,8 +560,7 @@ class Model:
         clock: Callable[[], float],
         cached: CachedTokens,
         ids: Ids,
-        sampler: Sampler,
-        limits: Limits,
+        prepared: Prepared,
         on_end: Callable[[Run, BaseException | None], None],
     ) -> R:
         def ended(run: Run, error: BaseException | None) -> None:
@@ -490,21 +568,21 @@ class Model:
             if self.observer is not None and error is None:
                 self.observer.finished(ids, cached.ids[len(ids) :])
 
+        sampler, limits, speculation = prepared
         has_text = self.folder is not None and (self.folder / "tokenizer.json").is_file()
         stream = self.tokenizer.stream(ids) if has_text else None
-        loop = DecodeLoop(cached, ids, sampler, limits, self.context_length, stream, clock)
+        loop = DecodeLoop(cached, ids, sampler, limits, self.context_length, stream, clock, speculation)
         return kind(loop, ended, clock)
 
     def _start(
         self,
         cached: CachedTokens,
         ids: Ids,
-        sampler: Sampler,
-        limits: Limits,
+        prepared: Prepared,
         on_end: Callable[[Run, BaseException | None], None],
     ) -> Generation:
         """A generation over a cache that its caller keeps."""
-        generation = Generation(Alone(self._run(Run, self._clock, cached, ids, sampler, limits, on_end)))
+        generation = Generation(Alone(self._run(Run, self._clock, cached, ids, prepared, on_end)))
         self._track(generation)
         return generation
 

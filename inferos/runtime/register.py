@@ -1,13 +1,14 @@
-"""The op for code that owns its ``onnxruntime.InferenceSession``."""
+"""For code that owns its ``onnxruntime.InferenceSession`` or onnxruntime-genai generator: the op, and a cache."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Protocol
 
 from inferos.errors import ConfigError
-from inferos.kv import library_path
+from inferos.kv import Arena, KVCache, LayerSpec, library_path
 
-__all__ = ["register"]
+__all__ = ["new_cache", "register"]
 
 
 class _SessionOptions(Protocol):
@@ -36,3 +37,36 @@ def register(session_options: _SessionOptions) -> None:
     if mode == "ORT_PARALLEL":
         raise ConfigError("register: execution_mode is ORT_PARALLEL; a compressed cache needs ORT_SEQUENTIAL")
     session_options.register_custom_ops_library(str(library_path()))
+
+
+def new_cache(
+    model: str | Path, *, kv: str = "int8", recent_window: int = 64, sink_tokens: int = 4, arena: Arena | None = None
+) -> KVCache:
+    """A cache for one sequence of a model: its `handle` is what the rewritten model's ``inferos_handle`` wants.
+
+    Parameters
+    ----------
+    model : path
+        The model's folder, as exported or rewritten.
+    kv, recent_window, sink_tokens, arena
+        As `KVCache`.
+
+    Raises
+    ------
+    ConfigError
+        If an option is unknown or out of range.
+    ModelError, UnsupportedError
+        As `inferos.runtime.layout.read_layout`.
+    """
+    from inferos.runtime.layout import read_layout  # imports onnx, which `register` does not need
+
+    layout = read_layout(model)
+    layers = [LayerSpec(layer.kv_heads, layer.head_dim, layer.local_window) for layer in layout.layers]
+    return KVCache(
+        layers,
+        kv=kv,
+        recent_window=recent_window,
+        sink_tokens=sink_tokens,
+        arena=arena,
+        max_tokens=layout.context_length,
+    )

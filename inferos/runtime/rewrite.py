@@ -1,5 +1,7 @@
 """From stock attention to inferos': a decoder's graph without past and present.
 
+Of a decoder that chooses between a branch without and one with past, the branch with past is all that is left.
+
 Every GroupQueryAttention node becomes ``inferos::CompressedAttention`` with its own ``layer``. The cache's inputs and
 outputs go; ``inferos_handle`` (int64, one per row) names each row's cache. A folder keeps attention_mask, so that any
 host that runs the export runs the rewritten model with one more input. In our own sessions two small inputs take the
@@ -21,8 +23,9 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto, helper
 
-from inferos.errors import ModelError, UnsupportedError
+from inferos.errors import ConfigError, ModelError, UnsupportedError
 from inferos.kv import library_path
+from inferos.runtime._branches import branch_input, inline_branch
 from inferos.runtime._graph import (
     DTYPE_KEY,
     OUR_DOMAIN,
@@ -45,13 +48,14 @@ from inferos.runtime.layout import (
     read_layout,
 )
 
-__all__ = ["RewriteReport", "rewrite", "rewrite_in_place", "rewrite_model"]
+__all__ = ["HOSTS", "RewriteReport", "rewrite", "rewrite_in_place", "rewrite_model"]
 
 _LENGTHS, _TOTAL = 3, 4  # positions of the lengths among our op's inputs
 _VERSION = "1"  # of the rewritten form; part of the marker, so that a newer inferos writes a folder again
 _VERSION_KEY = "inferos.rewrite"
 _LAYERS_KEY = "inferos.layers"
 _MARKER = "inferos_rewrite.json"
+HOSTS = ("genai",)
 # Files beside the model that a loader or a tokenizer reads.
 _COPIED_SUFFIXES = frozenset({".jinja", ".json", ".md", ".model", ".spm", ".tiktoken", ".txt"})
 
@@ -72,6 +76,8 @@ class RewriteReport:
         The attention nodes, in the order of the cache's layers.
     linked, copied : tuple of str
         Files that share their bytes on disk with the source or, as the library, with the package; and those copied.
+    library : str
+        How onnxruntime-genai finds the op in the folder: hardlink or symlink; empty where it does not.
     """
 
     source: Path
@@ -80,6 +86,7 @@ class RewriteReport:
     layers: tuple[AttentionLayer, ...]
     linked: tuple[str, ...]
     copied: tuple[str, ...]
+    library: str = ""
 
 
 def rewrite_model(
@@ -114,7 +121,13 @@ def rewrite_model(
 
 
 def rewrite_in_place(model: onnx.ModelProto, *, head_dim: int | None = None, scalar_lengths: bool = True) -> bool:
-    """As `rewrite_model`, on a model that nobody else uses; whether anything changed. Where it raises, nothing did."""
+    """As `rewrite_model`, on a model that nobody else uses; whether anything changed.
+
+    Where it raises, at most the choice between two branches was made.
+    """
+    branch = branch_input(model.graph)
+    if branch:
+        inline_branch(model.graph, branch)
     nodes = attention_nodes(model, head_dim)
     stock = not nodes[0].rewritten
     lengths = scalar_lengths and LENGTHS_INPUT not in {value.name for value in model.graph.input}
@@ -204,20 +217,24 @@ def _add_metadata(model: onnx.ModelProto, nodes: tuple[AttentionNode, ...]) -> N
         model.metadata_props.add(key=key, value=value)
 
 
-def rewrite(folder: str | Path, out: str | Path | None = None) -> RewriteReport:
+def rewrite(folder: str | Path, out: str | Path | None = None, *, host: str | None = None) -> RewriteReport:
     """Write a folder whose model has inferos' attention and no past or present.
 
     Whatever ran the export runs the result: the inputs are the same but for the past, and one more, ``inferos_handle``
     (`inferos.KVCache.handle`, int64, one per row). onnxruntime finds the op by `inferos.register`, onnxruntime-genai by
-    the folder's own genai_config.json, which names a link to libinferos beside it.
+    the folder's own genai_config.json, if it has one, which names a link to libinferos beside it.
 
     Parameters
     ----------
     folder : path
-        An onnxruntime-genai folder with GroupQueryAttention.
+        A model as `inferos.runtime.layout.read_layout` takes it. Of several variants only the one that it chooses is
+        rewritten; the path of an ONNX file chooses another.
     out : path, optional
-        Where to write; default is `folder` with "-inferos" appended. A folder written by an earlier rewrite of
-        another state of the model is replaced; anything else there is left alone and refused.
+        Where to write; default is the model's folder with "-inferos" appended. A folder written by an earlier rewrite of
+        another state of the model, or for another build of inferos, is replaced; anything else there is left alone
+        and refused.
+    host : {"genai"}, optional
+        genai: refuse where onnxruntime-genai could not load the folder.
 
     Returns
     -------
@@ -227,33 +244,45 @@ def rewrite(folder: str | Path, out: str | Path | None = None) -> RewriteReport:
 
     Raises
     ------
+    ConfigError
+        If `host` is unknown.
     ModelError
-        As `inferos.runtime.layout.read_layout`, and where `out` holds something else or cannot be written.
+        As `inferos.runtime.layout.read_layout`, and where `out` holds something else or cannot be written; for genai
+        also where libinferos cannot be linked into it, or the model brings a custom op library of its own.
     UnsupportedError
         Naming the attention node that cannot be rewritten, and why.
     """
+    if host is not None and host not in HOSTS:
+        raise ConfigError(f"rewrite: host {host!r} is not one of {', '.join(HOSTS)}")
     layout = read_layout(folder)
     source = layout.folder.resolve()
     if layout.rewritten and out is None:
-        return RewriteReport(source, source, False, layout.layers, (), ())
+        link = _library_link(source)
+        if host is not None and not link:
+            raise ModelError(f"rewrite: {source} has no link to this libinferos; rewrite the model that it came from")
+        return RewriteReport(source, source, False, layout.layers, (), (), link)
     target = Path(out).absolute() if out is not None else source.with_name(source.name + "-inferos")
     if target.resolve() == source:
         raise ModelError(f"rewrite: {target} is the model's own folder; name another one")
     marker = _marker(layout.model_path)
     existing = _read_marker(target)
-    if existing is not None and existing == marker:
-        return RewriteReport(source, target, False, read_layout(target).layers, (), ())
+    link = _library_link(target)
+    stale = os.path.lexists(target / library_path().name) and not link
+    if existing is not None and existing == marker and (link or (host is None and not stale)):
+        return RewriteReport(source, target, False, read_layout(target).layers, (), (), link)
     if existing is None and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ModelError(f"rewrite: {target} exists and was not written by inferos; it is left alone")
-    linked, copied = _write(layout, target, marker)
-    return RewriteReport(source, target, True, read_layout(target).layers, linked, copied)
+    linked, copied = _write(layout, target, marker, host)
+    return RewriteReport(source, target, True, read_layout(target).layers, linked, copied, _library_link(target))
 
 
 def _marker(model: Path) -> dict[str, str]:
     """What makes two results the same."""
-    with model.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"schema": "inferos.rewrite/" + _VERSION, "source_sha256": digest, "library": str(library_path())}
+    digests = {}
+    for name, path in (("source_sha256", model), ("library_sha256", library_path())):
+        with path.open("rb") as file:
+            digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"schema": "inferos.rewrite/" + _VERSION, **digests, "library": str(library_path())}
 
 
 def _read_marker(folder: Path) -> object | None:
@@ -264,7 +293,20 @@ def _read_marker(folder: Path) -> object | None:
     return marker
 
 
-def _write(layout: ModelLayout, target: Path, marker: dict[str, str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _library_link(folder: Path) -> str:
+    """Hardlink or symlink: how the folder shares the package's library; empty where it does not."""
+    path = folder / library_path().name
+    try:
+        if not path.samefile(library_path()):
+            return ""
+    except OSError:
+        return ""
+    return "symlink" if path.is_symlink() else "hardlink"
+
+
+def _write(
+    layout: ModelLayout, target: Path, marker: dict[str, str], host: str | None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Write beside `target`, then rename: a reader sees the old folder, none, or the whole new one."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -272,7 +314,7 @@ def _write(layout: ModelLayout, target: Path, marker: dict[str, str]) -> tuple[t
     except OSError as error:
         raise ModelError(f"rewrite: cannot write into {target.parent}: {error}") from error
     try:
-        linked, copied = _fill(layout, scratch / "new", marker)
+        linked, copied = _fill(layout, scratch / "new", marker, host)
         _swap(scratch / "new", target, scratch / "old")
     except OSError as error:
         raise ModelError(f"rewrite: cannot write {target}: {error}") from error
@@ -293,42 +335,77 @@ def _swap(new: Path, target: Path, old: Path) -> None:
         raise
 
 
-def _fill(layout: ModelLayout, folder: Path, marker: dict[str, str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    folder.mkdir()
+def _fill(
+    layout: ModelLayout, folder: Path, marker: dict[str, str], host: str | None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    graphs = folder / layout.model_path.parent.relative_to(layout.folder)
+    graphs.mkdir(parents=True)
     model = load_graph(layout.model_path)
     rewrite_in_place(model, head_dim=layout.layers[0].head_dim, scalar_lengths=False)
-    (folder / layout.model_path.name).write_bytes(model.SerializeToString())
+    (graphs / layout.model_path.name).write_bytes(model.SerializeToString())
     linked: list[str] = []
     copied: list[str] = []
     for path in external_files(model, layout.model_path.parent):
-        name = path.relative_to(layout.model_path.parent)
+        name = path.relative_to(layout.folder)
         (linked if _link_or_copy(path, folder / name) else copied).append(str(name))
     for path in sorted(layout.folder.iterdir()):
-        if path.suffix.lower() in _COPIED_SUFFIXES and path.is_file() and not (folder / path.name).exists():
+        known = path.suffix.lower() in _COPIED_SUFFIXES
+        if layout.kind == "file":  # without a configuration it is anybody's folder
+            known = known and path.name.startswith(("chat_template.", "tokenizer"))
+        if known and path.is_file() and not (folder / path.name).exists():
             shutil.copyfile(path, folder / path.name)
             copied.append(path.name)
-    if _link_library(folder):
+    if _offer_to_genai(folder, layout, required=host == "genai"):
         linked.append(library_path().name)
     (folder / _MARKER).write_text(json.dumps(marker, indent=1), "utf-8")
     return tuple(linked), tuple(copied)
 
 
-def _link_library(folder: Path) -> bool:
-    """Let onnxruntime-genai find the op: it takes a library from the model's folder only.
+def _offer_to_genai(folder: Path, layout: ModelLayout, *, required: bool) -> bool:
+    """Let onnxruntime-genai find the model and the op; whether it can."""
+    if layout.kind != "onnxruntime-genai":
+        if required:
+            raise ModelError(
+                f"rewrite: {layout.folder} has no {CONFIG_NAME}, without which onnxruntime-genai loads nothing"
+            )
+        return False
+    library = library_path()
+    path = folder / CONFIG_NAME
+    config = json.loads(path.read_text("utf-8"))
+    decoder = config["model"]["decoder"]
+    decoder["filename"] = layout.model_path.name
+    options = decoder.setdefault("session_options", {})
+    theirs = options.get("custom_ops_library", library.name)
+    if theirs != library.name:
+        problem = f"{CONFIG_NAME} names {theirs!r} as its custom_ops_library, and onnxruntime-genai loads one"
+    else:
+        problem = _link_library(folder / library.name)
+    if problem and required:
+        raise ModelError(f"rewrite: {problem}")
+    if problem:
+        _log.warning("onnxruntime-genai cannot load %s: %s", folder.name, problem)
+        return False
+    options["custom_ops_library"] = library.name
+    path.write_text(json.dumps(config, indent=2), "utf-8")
+    return True
 
-    A link, because a copy would be a second library in the process, with handles of its own.
+
+def _link_library(path: Path) -> str:
+    """Why the package's library could not be linked as `path`; empty where it was.
+
+    onnxruntime-genai loads a library that lies in the model's folder, links followed: so a hard link, and a symbolic
+    one only helps a process that works in a folder above the package. A copy would be a second library, with
+    sequences of its own.
     """
     library = library_path()
     try:
-        (folder / library.name).symlink_to(library)
+        os.link(library.resolve(), path)
     except OSError as error:
-        _log.warning("onnxruntime-genai needs %s in the rewritten folder; linking failed: %s", library.name, error)
-        return False
-    path = folder / CONFIG_NAME
-    config = json.loads(path.read_text("utf-8"))
-    config["model"]["decoder"].setdefault("session_options", {})["custom_ops_library"] = library.name
-    path.write_text(json.dumps(config, indent=2), "utf-8")
-    return True
+        try:
+            path.symlink_to(library)
+        except OSError:
+            return f"{library} cannot be linked into {path.parent.name} ({error.strerror or error})"
+    return ""
 
 
 def _link_or_copy(source: Path, target: Path) -> bool:

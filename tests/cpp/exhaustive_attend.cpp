@@ -16,6 +16,7 @@
 #include <string>
 #include <vector>
 
+#include "core/fp16.hpp"
 #include "kernels/attend.hpp"
 #include "kernels/codec.hpp"
 #include "rows.hpp"
@@ -41,7 +42,7 @@ bool same(float a, float b) {
 }
 
 struct State {
-  std::vector<float> o, m, l, extra;  // extra: logits, or the tiles of a block
+  std::vector<float> o, m, l, extra;  // extra: logits, p, m and mass, or the tiles of a block
 
   State(std::size_t rows, std::size_t d, std::size_t more)
       : o(rows * d), m(rows, -std::numeric_limits<float>::infinity()), l(rows), extra(more) {}
@@ -59,7 +60,7 @@ struct State {
       }
     }
     for (std::size_t i = 0; i < extra.size(); ++i) {
-      if (!same(extra[i], want.extra[i])) return "value " + std::to_string(i) + " of logits or tiles";
+      if (!same(extra[i], want.extra[i])) return "value " + std::to_string(i) + " of logits, p, m, mass or tiles";
     }
     return "";
   }
@@ -131,16 +132,24 @@ std::size_t compare_decode(Case& test, std::string& mismatch) {
   const float skip_below = test.random.below(2) == 0 ? test.random.unit() : 0.0F;
   std::vector<State> states;
   for (const Attend& kernel : attend_runnable()) {
-    State& state = states.emplace_back(group, test.d, kBlocks * (group + 1) * kBlockTokens);
+    const std::size_t logits = kBlocks * group * kBlockTokens;
+    State& state = states.emplace_back(group, test.d, 2 * logits + kBlocks * (group + kBlockTokens));
+    std::vector<std::uint16_t> p(logits);
+    float* const m = state.extra.data() + 2 * logits;
     const auto masses = [&](State& of, std::size_t i) {
-      return of.extra.data() + (kBlocks * group + i) * kBlockTokens;
+      return of.extra.data() + 2 * logits + kBlocks * group + i * kBlockTokens;
     };
     kernel.decode({test.q.data(), group, test.d, scale, softcap, skip_below, visible, test.format, test.views.data(),
-                   kBlocks, false, nullptr, state.o.data(), state.m.data(), state.l.data(), state.extra.data()});
+                   kBlocks, false, nullptr, state.o.data(), state.m.data(), state.l.data(), state.extra.data(),
+                   p.data(), m});
+    for (std::size_t i = 0; i < logits; ++i) {  // those of a head whose sum is NaN are unspecified
+      state.extra[logits + i] = std::isnan(state.l[i / kBlockTokens % group]) ? 0.0F : f16_to_f32(p[i]);
+    }
     for (std::size_t i = 0; i < kBlocks; ++i) {
-      kernel.mass(state.extra.data() + i * group * kBlockTokens, group, state.m.data(), state.l.data(),
+      kernel.mass(p.data() + i * group * kBlockTokens, m + i * group, group, state.m.data(), state.l.data(),
                   masses(state, i));
     }
+    for (std::size_t i = 0; i < kBlocks * group; ++i) m[i] = std::isnan(state.l[i % group]) ? 0.0F : m[i];
     const std::string difference = state.difference(states.front());
     if (!difference.empty()) {
       mismatch = std::string(isa_name(kernel.isa)) + " head_dim " + std::to_string(test.d) + " group " +

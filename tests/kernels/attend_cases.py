@@ -41,6 +41,18 @@ class State:
         return self.o.astype(np.float64) / self.l.astype(np.float64)[:, None]
 
 
+@dataclass
+class Seen:
+    """What decode shows for the mass: bits of p as fp16 (blocks, group, 64), and the m (blocks, group) it is relative to."""
+
+    p: NDArray[np.uint16]
+    m: Floats
+
+    @classmethod
+    def empty(cls, blocks: int, group: int) -> Seen:
+        return cls(np.empty((blocks, group, TOKENS), np.uint16), np.empty((blocks, group), np.float32))
+
+
 def halves(x: NDArray[Any]) -> bytes:
     return x.astype(np.float16).tobytes()
 
@@ -76,11 +88,15 @@ def decode(
     softcap: float = 0.0,
     logits: Floats | None = None,
     skip_below: float = 0.0,
+    seen: Seen | None = None,
 ) -> State:
     """Runs the kernel on a copy of `state`."""
     new = State(state.o.copy(), state.m.copy(), state.l.copy())
     scale = float(1 / np.sqrt(q.shape[1]))
-    ATTEND[isa].decode(q, FORMATS.index(fmt), blocks, visible, scale, softcap, new.o, new.m, new.l, logits, skip_below)
+    ATTEND[isa].decode(
+        q, FORMATS.index(fmt), blocks, visible, scale, softcap, new.o, new.m, new.l, logits, skip_below,
+        *((seen.p, seen.m) if seen is not None else ()),
+    )  # fmt: skip
     return new
 
 

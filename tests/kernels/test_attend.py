@@ -8,6 +8,7 @@ import attend_cases as cases
 import numpy as np
 import pytest
 from attend_cases import ATTEND, FORMATS, HEAD_DIMS, SCALAR, TOKENS, State
+from numpy.testing import assert_allclose
 
 from inferos.kv import kernels
 
@@ -29,16 +30,34 @@ def test_decode_has_scalars_bits(isa: str, head_dim: int, fmt: str) -> None:
         found = []
         for name in (isa, "scalar"):
             logits = np.empty((len(blocks), group, TOKENS), np.float32)
+            seen = cases.Seen.empty(len(blocks), group)
             state = State.empty(group, head_dim)
-            options = {"visible": visible, "softcap": softcap, "logits": logits, "skip_below": skip_below}
+            options = {"visible": visible, "softcap": softcap, "logits": logits, "skip_below": skip_below, "seen": seen}
             state = cases.decode(name, fmt, q, blocks, state, **options)
-            found.append((state, logits))
+            found.append((state, logits, seen))
         what = f"{isa} {fmt} {head_dim=} {group=} {visible=} {softcap=} {skip_below=} {spans=}"
         cases.assert_same_bits(found[0][1], found[1][1], f"logits of {what}")
         cases.assert_same_state(found[0][0], found[1][0], what)
+        assert np.array_equal(found[0][2].p, found[1][2].p), f"p of {what}"
+        cases.assert_same_bits(found[0][2].m, found[1][2].m, f"m of {what}")
         top = np.where(np.isfinite(state.m), state.m, np.float32(0))
-        mass = [ATTEND[name].mass(logits[0], top, state.l) for name in (isa, "scalar")]
-        cases.assert_same_bits(*mass, f"mass of {what}")
+        for p, m in zip(seen.p, seen.m, strict=True):
+            mass = [ATTEND[name].mass(p, m, top, state.l) for name in (isa, "scalar")]
+            cases.assert_same_bits(*mass, f"mass of {what}")
+
+
+@pytest.mark.parametrize("isa", ATTEND)
+def test_mass_is_the_weighted_probability_of_every_token(isa: str) -> None:
+    rng = np.random.default_rng(17)
+    q = (8 * rng.standard_normal((5, 64))).astype(np.float32)
+    blocks = [cases.random_block(rng, "int8", 64, TOKENS * i, *SPANS[0]) for i in range(6)]
+    logits, seen = np.empty((6, 5, TOKENS), np.float32), cases.Seen.empty(6, 5)
+    state = cases.decode(isa, "int8", q, blocks, State.empty(5, 64), logits=logits, seen=seen)
+    weight = rng.random(5, dtype=np.float32)
+    for s, p, m in zip(logits.astype(np.float64), seen.p, seen.m, strict=True):
+        want = weight @ np.exp(s - state.m[:, None])
+        # p is rounded to fp16: half of 2^-10 of itself, or of 2^-24 of the largest so far.
+        assert_allclose(ATTEND[isa].mass(p, m, state.m, weight), want, rtol=2**-11 + 1e-6, atol=2**-25 * weight.sum())
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -124,10 +143,12 @@ def test_a_block_nobody_sees_changes_nothing(isa: str, fmt: str) -> None:
     block = cases.random_block(rng, fmt, 64, 128, 0, 64)
     q = rng.standard_normal((5, 64)).astype(np.float32)
     before = State(rng.standard_normal((5, 64)).astype(np.float32), np.ones(5, np.float32), np.ones(5, np.float32))
-    logits = np.empty((1, 5, TOKENS), np.float32)
-    after = cases.decode(isa, fmt, q, [block], before, visible=(0, 127), logits=logits)
+    logits, seen = np.empty((1, 5, TOKENS), np.float32), cases.Seen.empty(1, 5)
+    after = cases.decode(isa, fmt, q, [block], before, visible=(0, 127), logits=logits, seen=seen)
     cases.assert_same_state(after, before, f"{isa} {fmt}")
     assert np.isneginf(logits).all()
+    assert not seen.p.any()
+    assert np.isneginf(seen.m).all()
 
 
 @pytest.mark.parametrize("isa", ATTEND)

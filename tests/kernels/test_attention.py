@@ -154,7 +154,7 @@ def test_mass_is_the_mean_probability(kv: str, window: int, tokens: int) -> None
             p = np.exp(s - s.max(axis=1, keepdims=True))
             want[head, seen] += (p / p.sum(axis=1, keepdims=True)).mean(axis=0) / len(sampled)
     np.testing.assert_allclose(mass.sum(axis=1), 1, atol=1e-4)
-    assert relative(mass, want) <= DECODE_BOUND[kv]
+    assert relative(mass, want) <= max(DECODE_BOUND[kv], 2**-11)  # probabilities are handed on in fp16
     assert not mass[want == 0].any()
 
 

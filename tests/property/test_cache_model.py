@@ -23,6 +23,7 @@ from inferos import errors
 from inferos.kv import Arena, KVCache, LayerSpec
 
 SLIDING = 70
+REWIND_RESERVE = 16  # tokens that a sliding window keeps for a rewind
 LAYERS = (LayerSpec(2, 16), LayerSpec(1, 32, SLIDING))
 HEADS = [(layer, head) for layer, spec in enumerate(LAYERS) for head in range(spec.kv_heads)]
 NAMES = {number: name for name, number in FORMATS.items()}
@@ -172,7 +173,7 @@ class Model:
                 grid[-1].tokens += take
                 end += take
         if self.slides:
-            self.let_go(length - SLIDING)
+            self.let_go(length - SLIDING - REWIND_RESERVE)
 
     def let_go(self, seen_from: int) -> None:
         sliding = self.grids[1]

@@ -383,17 +383,25 @@ def test_a_sliding_window_frees_what_no_later_query_sees():
             length = cache.length
             held = cache.formats(0, 0) != NOT_HELD
             assert held[max(0, length - 100) :].all()
-            assert held.sum() <= 100 + 64
+            assert held.sum() <= 100 + 16 + 64
             assert (cache.formats(1, 0) != NOT_HELD).all()
             assert cache.kept_from == length - held.sum()
         assert cache.stats().total_bytes == used(cache.arena)
+
+
+@pytest.mark.parametrize("window", [15, 16, 63, 64, 100, 127, 128])
+def test_sixteen_tokens_can_always_be_taken_back(window: int):
+    with KVCache([LayerSpec(1, 16, window), LayerSpec(1, 16)], recent_window=16) as cache:
+        for step in range(300):
+            feed(cache, 17, step)
+            cache.rewind(cache.length - 16)
 
 
 def test_rewind_past_a_sliding_windows_loss_is_refused():
     with KVCache([LayerSpec(1, 16, 100)]) as cache:
         feed(cache, 400)
         floor = cache.rewind_floor
-        assert cache.kept_from + 100 == floor <= 400
+        assert cache.kept_from + 100 == floor <= 400 - 16
         with pytest.raises(errors.RewindError, match=f"{floor}..400"):
             cache.rewind(floor - 1)
         with pytest.raises(errors.ShapeError, match="position"):

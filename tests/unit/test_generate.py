@@ -323,7 +323,7 @@ def test_search_defaults_count_only_where_they_ask_for_sampling(
     tmp_path: Path, search: dict[str, Any], given: dict[str, Any], wanted: tuple[float, int, float]
 ) -> None:
     (tmp_path / "genai_config.json").write_text(json.dumps({"search": search}))
-    sampler, _ = Model(FakeSession(), folder=tmp_path)._prepare(False, **given)
+    sampler, *_ = Model(FakeSession(), folder=tmp_path)._prepare(False, **given)
     assert (sampler.options.temperature, sampler.options.top_k, sampler.options.top_p) == wanted
 
 
@@ -412,7 +412,7 @@ def test_generations_of_one_model_do_not_disturb_each_other() -> None:
 def test_what_is_no_folder_is_a_model_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for name, reason in (("absent", "not there"), ("file", "a file")):
-        with pytest.raises(ModelError, match=f"is {reason}; wanted a model's folder, or reference"):
+        with pytest.raises(ModelError, match=f"is {reason}; wanted a model's folder, an ONNX file, or reference"):
             resolve_model(tmp_path / name)
 
 

@@ -59,10 +59,15 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
         read_layout(tmp_path)
 
 
-def test_a_folder_without_its_configuration_is_refused(tmp_path: Path) -> None:
-    (tiny_folder(tmp_path, Tiny()) / "genai_config.json").unlink()
-    with pytest.raises(ModelError, match=r"no genai_config\.json"):
+def test_a_context_that_nothing_states_is_refused(tmp_path: Path) -> None:
+    (tiny_folder(tmp_path, Tiny(rotary=False)) / "genai_config.json").unlink()
+    with pytest.raises(ModelError, match=r"config\.json \(there is none\): context_length is missing"):
         read_layout(tmp_path)
+
+
+def test_the_rotary_tables_bound_the_context(tmp_path: Path) -> None:
+    (tiny_folder(tmp_path, Tiny(context=100)) / "genai_config.json").unlink()
+    assert read_layout(tmp_path).context_length == 100
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"model": []}', '{"model": {}}', "\x00"])
@@ -96,7 +101,7 @@ def test_a_model_that_is_no_text_decoder_is_refused(tmp_path: Path, section: dic
         ({"decoder": {"filename": 3}}, "filename"),
         ({"context_length": "many"}, "context_length"),
         ({"context_length": 0}, "context_length"),
-        ({"context_length": None}, "context_length"),
+        ({"vocab_size": "all"}, "vocab_size"),
         ({"eos_token_id": "</s>"}, "eos_token_id"),
         ({"decoder": {"filename": "model.onnx", "inputs": {"input_ids": "tokens"}}}, "tokens"),
         ({"decoder": {"filename": "model.onnx", "outputs": {"logits": "scores"}}}, "scores"),
@@ -230,6 +235,8 @@ REFUSED = {
     "spy": _read_present,
     "DecoderMaskedMultiHeadAttention is not": _other("DecoderMaskedMultiHeadAttention", "com.microsoft"),
     "'/attention.0/GroupQueryAttention': Attention is not": _other("Attention", "com.microsoft"),
+    "PagedAttention is not": _other("PagedAttention", "com.microsoft"),
+    "'/attention.0/GroupQueryAttention': LinearAttention is not": _other("LinearAttention", ""),
     "in a subgraph": _in_a_branch,
 }
 

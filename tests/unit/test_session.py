@@ -16,6 +16,7 @@ from models import Tiny, tiny_folder, tiny_model, token_ids, write_folder
 from inferos.errors import BudgetError, ConfigError, ContextError, ModelError, RewindError, ShapeError
 from inferos.runtime._compressed import CompressedSession
 from inferos.runtime._stock import StockSession
+from inferos.runtime._stock_cache import SharedBuffers
 from inferos.runtime.layout import read_layout
 from inferos.runtime.protocols import DecoderSession, Engine
 from inferos.runtime.rewrite import rewrite
@@ -375,7 +376,9 @@ def decode_rounded(session: StockSession, ids: npt.NDArray[np.int64]) -> npt.NDA
     rows = []
     for token in ids:
         rows.append(sequence.feed(token[None]))
-        for buffer in sequence._open_buffers():
+        cache = sequence._open_cache()
+        assert isinstance(cache, SharedBuffers)
+        for buffer in cache.buffers:
             newest = buffer[:, :, sequence.length - 1]
             buffer[:, :, sequence.length - 1] = newest.astype(np.float16).astype(np.float32)
     return np.stack(rows)

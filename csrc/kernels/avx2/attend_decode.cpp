@@ -44,7 +44,8 @@ struct Work {  // one block, one chunk of heads
   const DecodeTask& task;
   const BlockView& block;
   TokenRange range;
-  std::size_t head;  // first of the chunk
+  std::size_t before;  // heads of the task's blocks before this one
+  std::size_t head;    // first of the chunk
 };
 
 void fetch(std::size_t lines, Scratch& x) noexcept {
@@ -331,7 +332,7 @@ void f16_channels(const Work& work, const std::byte* values, Scratch& x) noexcep
 }
 
 template <std::size_t G>
-void run_chunk(const Work& work, float* logits, Scratch& x) noexcept {
+void run_chunk(const Work& work, Scratch& x) noexcept {
   const DecodeTask& task = work.task;
   const std::byte* const record = work.block.data;
   const BlockLayout layout = packed_layout(task.format, task.d);
@@ -348,7 +349,7 @@ void run_chunk(const Work& work, float* logits, Scratch& x) noexcept {
   bool any = false;
   for (std::size_t g = 0; g < G; ++g) {
     const std::size_t head = work.head + g;
-    float* const own = logits == nullptr ? nullptr : logits + head * kT;
+    const Shown own = shown_from(task, work.before + head);
     const Step step = softmax_step(x.s[g], work.range, task.softcap, own, task.m[head], task.l[head]);
     x.alpha[g] = step.alpha;
     x.counts[g] = !(step.largest < task.skip_below);
@@ -369,16 +370,16 @@ void run_chunk(const Work& work, float* logits, Scratch& x) noexcept {
   }
 }
 
-void run_block(Work work, float* logits, Scratch& x) noexcept {
+void run_block(Work work, Scratch& x) noexcept {
   const std::size_t group = work.task.group;
   std::size_t chunks = (group + kChunk - 1) / kChunk;
   while (work.head < group) {
     const std::size_t heads = (group - work.head + chunks - 1) / chunks;  // 5 heads are 3 + 2, not 4 + 1
     switch (heads) {
-      case 1: run_chunk<1>(work, logits, x); break;
-      case 2: run_chunk<2>(work, logits, x); break;
-      case 3: run_chunk<3>(work, logits, x); break;
-      default: run_chunk<4>(work, logits, x); break;
+      case 1: run_chunk<1>(work, x); break;
+      case 2: run_chunk<2>(work, x); break;
+      case 3: run_chunk<3>(work, x); break;
+      default: run_chunk<4>(work, x); break;
     }
     work.head += heads;
     x.ahead_step = 0;
@@ -395,26 +396,40 @@ void attend_decode(const DecodeTask& task) noexcept {
   for (std::size_t i = 0; i < task.count; ++i) {
     const BlockView& block = task.blocks[i];
     const TokenRange range = visible_tokens(block.start, block.begin, block.end, task.visible);
-    float* const logits = task.logits == nullptr ? nullptr : task.logits + i * task.group * kT;
     if (range.lo >= range.hi) {
-      for (std::size_t s = 0; logits != nullptr && s < task.group * kT; ++s) logits[s] = kMinusInfinity;
+      show_nothing(shown_from(task, i * task.group), task.group);
       continue;
     }
     scratch.ahead = reinterpret_cast<const char*>(block_ahead(task, i + depth, record));
     scratch.ahead_step = 64;
     scratch.near = task.near;
-    run_block({task, block, range, 0}, logits, scratch);
+    run_block({task, block, range, i * task.group, 0}, scratch);
   }
 }
 
-void attend_mass(const float* logits, std::size_t group, const float* top, const float* weight, float* sum) noexcept {
-  for (std::size_t t = 0; t < kT; t += 8) {
-    __m256 total = _mm256_setzero_ps();
-    for (std::size_t g = 0; g < group; ++g) {
-      const __m256 x = _mm256_sub_ps(_mm256_loadu_ps(logits + g * kT + t), _mm256_set1_ps(top[g]));
-      total = _mm256_fmadd_ps(_mm256_set1_ps(weight[g]), exp_nonpositive(x), total);
+// The factors of 8 heads at a time: one exp for all of them.
+void attend_mass(const std::uint16_t* p, const float* m, std::size_t group, const float* top, const float* weight,
+                 float* sum) noexcept {
+  __m256 total[8];
+  for (__m256& vector : total) vector = _mm256_setzero_ps();
+  for (std::size_t first = 0; first < group; first += 8) {
+    const std::size_t heads = group - first < 8 ? group - first : 8;
+    alignas(32) float below[8] = {};
+    for (std::size_t g = 0; g < heads; ++g) below[g] = m[first + g] - top[first + g];
+    alignas(32) float factors[8];
+    _mm256_store_ps(factors, exp_nonpositive(_mm256_load_ps(below)));
+    for (std::size_t g = 0; g < heads; ++g) {
+      const __m256 factor = _mm256_set1_ps(weight[first + g] * factors[g]);
+      const auto* const at = reinterpret_cast<const std::byte*>(p + (first + g) * kT);
+      for (std::size_t i = 0; i < 8; ++i) total[i] = _mm256_fmadd_ps(factor, load_half(at + 16 * i), total[i]);
     }
-    _mm256_storeu_ps(sum + t, total);
+  }
+  for (std::size_t i = 0; i < 8; ++i) _mm256_storeu_ps(sum + 8 * i, total[i]);
+}
+
+void attend_exp_below(const float* x, float top, float* out) noexcept {
+  for (std::size_t i = 0; i < kT; i += 8) {
+    _mm256_storeu_ps(out + i, exp_nonpositive(_mm256_sub_ps(_mm256_loadu_ps(x + i), _mm256_set1_ps(top))));
   }
 }
 

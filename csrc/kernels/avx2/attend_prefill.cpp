@@ -203,7 +203,7 @@ void softmax(Band& band, std::size_t row) noexcept {
   float& l = band.tile.l[band.first + row];
   const bool simple = band.whole && band.all.lo == 0 && band.all.hi == kT && !(band.tile.softcap > 0.0F);
   band.alpha[row] = simple ? softmax_whole(band.s[row], m, l)
-                           : softmax_step(band.s[row], band.seen(row), band.tile.softcap, nullptr, m, l).alpha;
+                           : softmax_step(band.s[row], band.seen(row), band.tile.softcap, {}, m, l).alpha;
 }
 
 void run(Band& band) noexcept {

@@ -86,13 +86,14 @@ struct Step {
 
 // One block's step of the online softmax: 64 logits in place -> 64 probabilities; m and l updated.
 // Where nothing was ever seen (the new maximum is -inf) alpha and p come out as 0, which leaves the zeros of l and o as they are.
-static inline Step softmax_step(float* s, TokenRange range, float softcap, float* logits, float& m, float& l) noexcept {
+static inline Step softmax_step(float* s, TokenRange range, float softcap, const Shown& shown, float& m,
+                                float& l) noexcept {
   const __m256 nothing = _mm256_set1_ps(kMinusInfinity);
   __m256 largest = nothing;
   __m256 x[8];
   for (std::size_t i = 0; i < 8; ++i) {
     x[i] = _mm256_blendv_ps(nothing, soften(_mm256_loadu_ps(s + 8 * i), softcap), lanes_of(range, i));
-    if (logits != nullptr) _mm256_storeu_ps(logits + 8 * i, x[i]);
+    if (shown.logits != nullptr) _mm256_storeu_ps(shown.logits + 8 * i, x[i]);
     largest = _mm256_max_ps(largest, x[i]);
   }
   const float block = largest8(largest);
@@ -104,12 +105,16 @@ static inline Step softmax_step(float* s, TokenRange range, float softcap, float
     const __m256 p = exp_nonpositive(_mm256_sub_ps(x[i], subtract));
     _mm256_storeu_ps(s + 8 * i, p);
     sum[i % 2] = _mm256_add_ps(sum[i % 2], p);
+    if (shown.p == nullptr) continue;
+    const __m128i half = _mm256_cvtps_ph(p, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(shown.p + 8 * i), half);
   }
   const float alpha = exp_nonpositive(m - base);
   const float probability = exp_nonpositive(block - base);
   const __m128 total = _mm_set_ss(reduce16(sum[0], sum[1]));
   l = _mm_cvtss_f32(_mm_fmadd_ss(_mm_set_ss(l), _mm_set_ss(alpha), total));
   m = top;
+  if (shown.m != nullptr) *shown.m = top;
   return {alpha, probability};
 }
 

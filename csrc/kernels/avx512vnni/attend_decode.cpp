@@ -64,7 +64,8 @@ struct Work {  // one block, one chunk of heads
   const DecodeTask& task;
   const BlockView& block;
   TokenRange range;
-  std::size_t head;  // first of the chunk
+  std::size_t before;  // heads of the task's blocks before this one
+  std::size_t head;    // first of the chunk
 };
 
 // The small functions are declared inline because g++ stops inlining them else, and what is bound by arithmetic loses a twentieth.
@@ -454,7 +455,7 @@ inline std::size_t softmax_lines(const Work& work) noexcept {
 }
 
 template <std::size_t G>
-void run_chunk(const Work& work, float* logits, Scratch& x) noexcept {
+void run_chunk(const Work& work, Scratch& x) noexcept {
   const DecodeTask& task = work.task;
   const std::byte* const record = work.block.data;
   const BlockLayout layout = packed_layout(task.format, task.d);
@@ -471,9 +472,8 @@ void run_chunk(const Work& work, float* logits, Scratch& x) noexcept {
   const std::size_t early = kPaced<G> ? left / 2 : left;
   fetch<G>(early, x);
   const TokenRange ranges[4] = {work.range, work.range, work.range, work.range};
-  const __m128 largest =
-      softmax_step<G>(x.s, ranges, task.softcap, logits == nullptr ? nullptr : logits + work.head * kT,
-                      task.m + work.head, task.l + work.head, x.alpha);
+  const __m128 largest = softmax_step<G>(x.s, ranges, task.softcap, shown_from(task, work.before + work.head),
+                                         task.m + work.head, task.l + work.head, x.alpha);
   x.counts =
       static_cast<unsigned>(_mm_movemask_ps(_mm_cmpnlt_ps(largest, _mm_set1_ps(task.skip_below)))) & ((1U << G) - 1);
   if (x.counts == 0) return;
@@ -486,16 +486,16 @@ void run_chunk(const Work& work, float* logits, Scratch& x) noexcept {
   values<G>(work, record + (task.format == Format::kF16 ? f16_values : layout.v_codes), x);
 }
 
-void run_block(Work work, float* logits, Scratch& x) noexcept {
+void run_block(Work work, Scratch& x) noexcept {
   const std::size_t group = work.task.group;
   std::size_t chunks = (group + kChunk - 1) / kChunk;
   while (work.head < group) {
     const std::size_t heads = (group - work.head + chunks - 1) / chunks;  // 5 heads are 3 + 2, not 4 + 1
     switch (heads) {
-      case 1: run_chunk<1>(work, logits, x); break;
-      case 2: run_chunk<2>(work, logits, x); break;
-      case 3: run_chunk<3>(work, logits, x); break;
-      default: run_chunk<4>(work, logits, x); break;
+      case 1: run_chunk<1>(work, x); break;
+      case 2: run_chunk<2>(work, x); break;
+      case 3: run_chunk<3>(work, x); break;
+      default: run_chunk<4>(work, x); break;
     }
     work.head += heads;
     x.ahead_step = 0;
@@ -512,26 +512,41 @@ void attend_decode(const DecodeTask& task) noexcept {
   for (std::size_t i = 0; i < task.count; ++i) {
     const BlockView& block = task.blocks[i];
     const TokenRange range = visible_tokens(block.start, block.begin, block.end, task.visible);
-    float* const logits = task.logits == nullptr ? nullptr : task.logits + i * task.group * kT;
     if (range.lo >= range.hi) {
-      for (std::size_t s = 0; logits != nullptr && s < task.group * kT; ++s) logits[s] = kMinusInfinity;
+      show_nothing(shown_from(task, i * task.group), task.group);
       continue;
     }
     scratch.ahead = reinterpret_cast<const char*>(block_ahead(task, i + depth, record));
     scratch.ahead_step = kLineBytes;
     scratch.fetch = fetch_of(task);
-    run_block({task, block, range, 0}, logits, scratch);
+    run_block({task, block, range, i * task.group, 0}, scratch);
   }
 }
 
-void attend_mass(const float* logits, std::size_t group, const float* top, const float* weight, float* sum) noexcept {
-  for (std::size_t t = 0; t < kT; t += 16) {
-    __m512 total = _mm512_setzero_ps();
-    for (std::size_t g = 0; g < group; ++g) {
-      const __m512 x = _mm512_sub_ps(_mm512_loadu_ps(logits + g * kT + t), _mm512_set1_ps(top[g]));
-      total = _mm512_fmadd_ps(_mm512_set1_ps(weight[g]), exp_nonpositive(x), total);
+// The factors of 16 heads at a time: one exp for all of them.
+void attend_mass(const std::uint16_t* p, const float* m, std::size_t group, const float* top, const float* weight,
+                 float* sum) noexcept {
+  __m512 total[4];
+  for (__m512& vector : total) vector = _mm512_setzero_ps();
+  for (std::size_t first = 0; first < group; first += 16) {
+    const std::size_t heads = group - first < 16 ? group - first : 16;
+    const auto here = static_cast<__mmask16>((1U << heads) - 1U);
+    const __m512 below =
+        _mm512_sub_ps(_mm512_maskz_loadu_ps(here, m + first), _mm512_maskz_loadu_ps(here, top + first));
+    alignas(64) float factors[16];
+    _mm512_store_ps(factors, _mm512_mul_ps(_mm512_maskz_loadu_ps(here, weight + first), exp_nonpositive(below)));
+    for (std::size_t g = 0; g < heads; ++g) {
+      const __m512 factor = _mm512_set1_ps(factors[g]);
+      const auto* const at = reinterpret_cast<const std::byte*>(p + (first + g) * kT);
+      for (std::size_t i = 0; i < 4; ++i) total[i] = _mm512_fmadd_ps(factor, load_half(at + 32 * i), total[i]);
     }
-    _mm512_storeu_ps(sum + t, total);
+  }
+  for (std::size_t i = 0; i < 4; ++i) _mm512_storeu_ps(sum + 16 * i, total[i]);
+}
+
+void attend_exp_below(const float* x, float top, float* out) noexcept {
+  for (std::size_t i = 0; i < kT; i += 16) {
+    _mm512_storeu_ps(out + i, exp_nonpositive(_mm512_sub_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(top))));
   }
 }
 

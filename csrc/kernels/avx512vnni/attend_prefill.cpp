@@ -269,7 +269,7 @@ void softmax(Band& band, std::size_t row) noexcept {
     return softmax_whole<N>(band.s + row, m, l, band.alpha + row);
   TokenRange range[N];
   for (std::size_t r = 0; r < N; ++r) range[r] = band.seen(row + r);
-  softmax_step<N>(band.s + row, range, band.tile.softcap, nullptr, m, l, band.alpha + row);
+  softmax_step<N>(band.s + row, range, band.tile.softcap, {}, m, l, band.alpha + row);
 }
 
 // Vectors of the next column of channels, so that none is too narrow to keep the multipliers busy.

@@ -100,7 +100,7 @@ static inline __mmask16 lanes_of(TokenRange range, std::size_t vector) noexcept 
 // updated, alpha[N] written. A row that sees nothing keeps m and l; where it never saw anything (the new maximum is -inf)
 // alpha and p come out as 0, which leaves the zeros of l and o as they are. Returns the largest probability of each row.
 template <std::size_t N>
-static inline __m128 softmax_step(float (*s)[kBlockTokens], const TokenRange* range, float softcap, float* logits,
+static inline __m128 softmax_step(float (*s)[kBlockTokens], const TokenRange* range, float softcap, Shown shown,
                                   float* m, float* l, float* alpha) noexcept {
   constexpr __mmask8 kUsed = (1U << N) - 1;
   const __m512 nothing = _mm512_set1_ps(kMinusInfinity);
@@ -110,7 +110,7 @@ static inline __m128 softmax_step(float (*s)[kBlockTokens], const TokenRange* ra
     for (std::size_t i = 0; i < 4; ++i) {
       x[i] = _mm512_mask_mov_ps(nothing, lanes_of(range[g], i), soften(_mm512_loadu_ps(s[g] + 16 * i), softcap));
       _mm512_storeu_ps(s[g] + 16 * i, x[i]);
-      if (logits != nullptr) _mm512_storeu_ps(logits + g * kBlockTokens + 16 * i, x[i]);
+      if (shown.logits != nullptr) _mm512_storeu_ps(shown.logits + g * kBlockTokens + 16 * i, x[i]);
     }
     largest[g] = _mm512_max_ps(_mm512_max_ps(x[0], x[1]), _mm512_max_ps(x[2], x[3]));
   }
@@ -127,6 +127,9 @@ static inline __m128 softmax_step(float (*s)[kBlockTokens], const TokenRange* ra
       const __m512 p = exp_nonpositive(_mm512_sub_ps(_mm512_loadu_ps(s[g] + 16 * i), _mm512_set1_ps(subtract[g])));
       _mm512_storeu_ps(s[g] + 16 * i, p);
       sum[g] = _mm512_add_ps(sum[g], p);
+      if (shown.p == nullptr) continue;
+      const __m256i half = _mm512_cvtps_ph(p, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(shown.p + g * kBlockTokens + 16 * i), half);
     }
   }
   const __m256 below = _mm256_set_m128(_mm_sub_ps(own, base), _mm_sub_ps(old, base));
@@ -135,6 +138,7 @@ static inline __m128 softmax_step(float (*s)[kBlockTokens], const TokenRange* ra
   _mm_mask_storeu_ps(alpha, kUsed, shrink);
   _mm_mask_storeu_ps(l, kUsed, _mm_fmadd_ps(_mm_maskz_loadu_ps(kUsed, l), shrink, across<Sum>(sum)));
   _mm_mask_storeu_ps(m, kUsed, top);
+  if (shown.m != nullptr) _mm_mask_storeu_ps(shown.m, kUsed, top);
   return _mm512_extractf32x4_ps(factors, 1);
 }
 

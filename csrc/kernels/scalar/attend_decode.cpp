@@ -1,8 +1,10 @@
 // The specification of decode attention: attend.hpp in plain loops.
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
+#include "core/fp16.hpp"
 #include "kernels/attend_isa.hpp"
 #include "kernels/scalar/packed.hpp"
 #include "kernels/scalar/softmax.hpp"
@@ -112,8 +114,9 @@ void v4_values(const DecodeTask& task, const BlockView& block, const float (&p)[
   }
 }
 
-void decode_block(const DecodeTask& task, const BlockView& block, std::size_t g, float* logits) noexcept {
+void decode_block(const DecodeTask& task, const BlockView& block, std::size_t g, const Shown& shown) noexcept {
   const TokenRange range = visible_tokens(block.start, block.begin, block.end, task.visible);
+  if (range.lo >= range.hi) return show_nothing(shown, 1);
   const bool f16 = task.format == Format::kF16;
   const float* q = task.q + g * task.d;
   float s[kT] = {};
@@ -122,12 +125,12 @@ void decode_block(const DecodeTask& task, const BlockView& block, std::size_t g,
   else
     packed_logits(task, block, q, s);
   mask_logits(s, range, task.softcap);
-  if (logits != nullptr) std::memcpy(logits, s, sizeof s);
-
-  if (range.lo >= range.hi) return;
+  if (shown.logits != nullptr) std::memcpy(shown.logits, s, sizeof s);
 
   float p[kT];
   const float alpha = softmax_step(s, p, task.m[g], task.l[g]);
+  if (shown.p != nullptr) std::transform(p, p + kT, shown.p, f32_to_f16);
+  if (shown.m != nullptr) *shown.m = task.m[g];
   if (largest_of(s, task.m[g]) < task.skip_below) return;
   float* o = task.o + g * task.d;
   if (f16)
@@ -143,19 +146,22 @@ void decode_block(const DecodeTask& task, const BlockView& block, std::size_t g,
 void attend_decode(const DecodeTask& task) noexcept {
   for (std::size_t i = 0; i < task.count; ++i) {
     for (std::size_t g = 0; g < task.group; ++g) {
-      float* logits = task.logits == nullptr ? nullptr : task.logits + (i * task.group + g) * kT;
-      decode_block(task, task.blocks[i], g, logits);
+      decode_block(task, task.blocks[i], g, shown_from(task, i * task.group + g));
     }
   }
 }
 
-void attend_mass(const float* logits, std::size_t group, const float* top, const float* weight, float* sum) noexcept {
-  for (std::size_t t = 0; t < kT; ++t) {
-    sum[t] = 0.0F;
-    for (std::size_t g = 0; g < group; ++g) {
-      sum[t] = std::fma(weight[g], exp_nonpositive(logits[g * kT + t] - top[g]), sum[t]);
-    }
+void attend_mass(const std::uint16_t* p, const float* m, std::size_t group, const float* top, const float* weight,
+                 float* sum) noexcept {
+  std::fill_n(sum, kT, 0.0F);
+  for (std::size_t g = 0; g < group; ++g) {
+    const float factor = weight[g] * exp_nonpositive(m[g] - top[g]);
+    for (std::size_t t = 0; t < kT; ++t) sum[t] = std::fma(factor, f16_to_f32(p[g * kT + t]), sum[t]);
   }
+}
+
+void attend_exp_below(const float* x, float top, float* out) noexcept {
+  for (std::size_t i = 0; i < kT; ++i) out[i] = exp_nonpositive(x[i] - top);
 }
 
 }  // namespace inferos::kernels::scalar
