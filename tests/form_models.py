@@ -376,12 +376,13 @@ def exported_model(spec: Exported) -> onnx.ModelProto:
 def _finished(g: _Builder) -> onnx.ModelProto:
     spec = g.spec
     value = helper.make_tensor_value_info
+    tokens = 1 if spec.variant == "one token" else "tokens"
     inputs = [
-        value("input_ids", _INT64, ["batch", "tokens"]), value("attention_mask", _INT64, ["batch", "total"]),
+        value("input_ids", _INT64, ["batch", tokens]), value("attention_mask", _INT64, ["batch", "total"]),
     ]  # fmt: skip
     if spec.position_ids:
-        inputs.append(value("position_ids", _INT64, ["batch", "tokens"]))
-    outputs = [value("logits", g.kind, ["batch", "tokens", spec.vocab])]
+        inputs.append(value("position_ids", _INT64, ["batch", tokens]))
+    outputs = [value("logits", g.kind, ["batch", tokens, spec.vocab])]
     past_kind = {"gqa8": TensorProto.INT8, "gqa4": TensorProto.UINT8}.get(spec.form, g.kind)
     for layer in range(spec.layers):
         for part in ("key", "value"):

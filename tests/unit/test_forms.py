@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from onnx import TensorProto, helper
 from inferos.errors import UnsupportedError
 from inferos.runtime._graph import attention_nodes, external_files, load_graph
 from inferos.runtime.rewrite import rewrite_model
+from inferos.runtime.session import open_session
 
 TOKENS, PROMPT = 128, 96
 # K and V are rounded to FP16, a rotated key by up to 2^-11 of itself in every channel: that is what float32 differs by.
@@ -254,6 +256,28 @@ def test_a_mask_that_hangs_on_hidden_states_is_refused() -> None:
     where.input[1] = "hidden"
     with pytest.raises(UnsupportedError, match="hangs on weights or hidden states"):
         attention_nodes(model)
+
+
+def test_a_graph_for_one_token_a_run_needs_no_mask() -> None:
+    spec = Exported(mask="none", variant="one token")
+    assert attention_nodes(exported_model(spec))[0].window == -1
+
+
+@pytest.mark.parametrize("position_ids", [True, False])
+def test_rows_of_different_lengths_get_what_they_get_alone(tmp_path: Path, position_ids: bool) -> None:
+    spec = Exported(position_ids=position_ids)
+    onnx.save(exported_model(spec), str(tmp_path / "model.onnx"))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "max_position_embeddings": spec.context}))
+    session = open_session(tmp_path, kv="f16", threads=1)
+    prompts = [token_ids(spec)[:9], token_ids(spec)[20:34]]
+    rows = [session.sequence() for _ in prompts]
+    alone = [session.sequence() for _ in prompts]
+    for row, other, prompt in zip(rows, alone, prompts, strict=True):
+        row.feed(prompt)
+        other.feed(prompt)
+    together = session.step(rows, np.array([5, 6]))
+    apart = [other.feed(np.array([token])) for other, token in zip(alone, (5, 6), strict=True)]
+    assert np.allclose(together, np.stack(apart), atol=1e-5)
 
 
 def test_states_of_other_layers_stay() -> None:
