@@ -18,7 +18,7 @@ _INT64 = TensorProto.INT64
 
 @dataclass(frozen=True)
 class Exported:
-    """What differs between exports. `form` is gqa8, gqa4 (quantised pasts), mha, attention3d, attention4d, joined
+    """What differs between exports. `form` is gqa, gqa8, gqa4 (quantised pasts), mha, attention3d, attention4d, joined
     (opset-23 Attention behind a Concat) or decomposed; `mask` how it hides tokens."""
 
     form: str = "decomposed"
@@ -298,18 +298,44 @@ def _attention(g: _Builder, layer: int, q: str, k: str, v: str, mask: str) -> st
 def _gqa(g: _Builder, layer: int, q: str, k: str, v: str, mask: str) -> str:
     spec = g.spec
     kv_heads, size = spec.kv_heads[layer], spec.head_dim[layer]
+    norms: list[str] = []
+    if spec.variant.startswith("norm"):
+        norms = [g.constant(1 + 0.1 * g.random.standard_normal(size), spec.dtype) for _ in range(2)]
+    if spec.variant == "norm outside":
+        q, k = (_normed(g, x, weight) for x, weight in zip((q, k), norms, strict=True))
     tokens = [_tokens_first(g, x, heads, size) for x, heads in ((q, spec.heads), (k, kv_heads), (v, kv_heads))]
-    scale = g.constant([0.03 if spec.form == "gqa8" else 0.5], np.float32)
+    attributes: dict[str, Any] = {}
+    if spec.variant == "packed":
+        tokens = [g.add("Concat", *tokens, axis=-1), "", ""]
     inputs = [*tokens, _past(spec, layer, "key"), _past(spec, layer, "value"), "seqlens_k", "total", *[""] * 5]
-    bits = 8 if spec.form == "gqa8" else 4
+    if spec.form != "gqa":
+        scale = g.constant([0.03 if spec.form == "gqa8" else 0.5], np.float32)
+        inputs += [scale, scale]
+        attributes |= {"k_quant_type": "PER_TENSOR", "v_quant_type": "PER_TENSOR"}
+        attributes |= {"kv_cache_bit_width": 8 if spec.form == "gqa8" else 4}
+    if spec.variant == "norm inside":
+        inputs += ["", "", *norms]
+        attributes["qk_norm_epsilon"] = 1e-6
+    if spec.mask == "window":
+        attributes |= {"local_window_size": spec.window, "sliding_window_cache": int(spec.variant == "sliding cache")}
     return _node(
-        g, "GroupQueryAttention", [*inputs, scale, scale], layer, "com.microsoft", num_heads=spec.heads,
-        kv_num_heads=kv_heads, k_quant_type="PER_TENSOR", v_quant_type="PER_TENSOR", kv_cache_bit_width=bits,
-    )  # fmt: skip
+        g,
+        "GroupQueryAttention",
+        inputs,
+        layer,
+        "com.microsoft",
+        num_heads=spec.heads,
+        kv_num_heads=kv_heads,
+        **attributes,
+    )
+
+
+def _normed(g: _Builder, x: str, weight: str) -> str:
+    return g.add("SimplifiedLayerNormalization", x, weight, axis=-1, epsilon=1e-6, stash_type=1)
 
 
 _FORMS = {
-    "attention3d": _attention, "attention4d": _attention, "decomposed": _decomposed, "gqa4": _gqa, "gqa8": _gqa,
+    "attention3d": _attention, "attention4d": _attention, "decomposed": _decomposed, "gqa": _gqa, "gqa4": _gqa, "gqa8": _gqa,
     "joined": _attention, "mha": _mha,
 }  # fmt: skip
 
@@ -328,7 +354,7 @@ def exported_model(spec: Exported) -> onnx.ModelProto:
     positions = _positions(g)
     mask = _visible(g, "added") if spec.mask == "selected" or spec.variant == "bool" else ""
     mask = mask or (_added(g, spec.mask) if spec.mask not in ("none", "flag", "table") else "")
-    if spec.form in ("gqa4", "gqa8"):
+    if spec.form.startswith("gqa"):
         _lengths(g)
     for layer in range(spec.layers):
         heads, size = spec.kv_heads[layer], spec.head_dim[layer]
@@ -350,17 +376,18 @@ def exported_model(spec: Exported) -> onnx.ModelProto:
 def _finished(g: _Builder) -> onnx.ModelProto:
     spec = g.spec
     value = helper.make_tensor_value_info
+    tokens = 1 if spec.variant == "one token" else "tokens"
     inputs = [
-        value("input_ids", _INT64, ["batch", "tokens"]), value("attention_mask", _INT64, ["batch", "total"]),
+        value("input_ids", _INT64, ["batch", tokens]), value("attention_mask", _INT64, ["batch", "total"]),
     ]  # fmt: skip
     if spec.position_ids:
-        inputs.append(value("position_ids", _INT64, ["batch", "tokens"]))
-    outputs = [value("logits", g.kind, ["batch", "tokens", spec.vocab])]
+        inputs.append(value("position_ids", _INT64, ["batch", tokens]))
+    outputs = [value("logits", g.kind, ["batch", tokens, spec.vocab])]
     past_kind = {"gqa8": TensorProto.INT8, "gqa4": TensorProto.UINT8}.get(spec.form, g.kind)
     for layer in range(spec.layers):
         for part in ("key", "value"):
             size = spec.head_dim[layer] // (2 if spec.form == "gqa4" else 1)
-            extents = ["batch", spec.kv_heads[layer], "past", size]
+            extents = ["batch", spec.kv_heads[layer], "past", "cache_dim" if spec.form == "gqa" else size]
             inputs.append(value(_past(spec, layer, part), past_kind, extents))
             if spec.variant != "cross":
                 outputs.append(value(_present(spec, layer, part), past_kind, [*extents[:2], "total", size]))

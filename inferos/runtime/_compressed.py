@@ -159,10 +159,17 @@ class CompressedSession:
             turns = [held.enter_context(row.turn()) for row in rows]
             for turn in turns:
                 turn.sequence.reviews.before_step(turn.cache, 1, self.rules)
-            logits = self.run(turns, tokens.astype(np.int64)[:, None])
+            logits = self._run_rows(turns, tokens.astype(np.int64)[:, None])
             _commit(turns)
             last: Float32 = logits[:, -1].astype(np.float32, copy=False)
             return last
+
+    def _run_rows(self, turns: list[Turn], ids: Ids) -> npt.NDArray[Any]:
+        """Logits of a step of all rows: in one run, unless the graph has one position for rows that differ in length."""
+        if not self.layout.shared_positions or len({turn.past for turn in turns}) == 1:
+            return self.run(turns, ids)
+        # Copied, because a run's logits may be those that the next one writes.
+        return np.concatenate([self.run([turn], ids[at : at + 1]).copy() for at, turn in enumerate(turns)])
 
     def run(self, turns: Collection[Turn], ids: Ids, *, keep_all: bool = False) -> npt.NDArray[Any]:
         """Logits (rows, tokens, vocab_size) of one run over ids (rows, tokens). Commits nothing.

@@ -29,12 +29,15 @@ class Attention:
         Why it cannot be rewritten; empty where it can.
     positions : int or None
         Positions that its rotary tables have rows for, where they are constants.
+    shared_positions : bool
+        As in `ModelLayout`.
     """
 
     layers: tuple[AttentionLayer, ...]
     rewritten: bool = False
     refused: str = ""
     positions: int | None = None
+    shared_positions: bool = False
 
 
 def read_attention(model: onnx.ModelProto, head_dim: int | None, *, stock: bool) -> Attention:
@@ -59,7 +62,12 @@ def read_attention(model: onnx.ModelProto, head_dim: int | None, *, stock: bool)
         if not stock:
             raise
         return Attention(_declared(model.graph), refused=str(error))
-    return Attention(tuple(map(_layer, nodes)), nodes[0].rewritten, positions=_positions(model.graph, nodes))
+    return Attention(
+        tuple(map(_layer, nodes)),
+        nodes[0].rewritten,
+        positions=_positions(model.graph, nodes),
+        shared_positions=nodes[0].shared_positions,
+    )
 
 
 def _layer(node: AttentionNode) -> AttentionLayer:
