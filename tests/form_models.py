@@ -76,7 +76,7 @@ class _Builder:
         return out
 
     def linear(self, x: str, inner: int, outer: int) -> str:
-        weight = self.random.standard_normal((inner, outer)) * 1.5 * inner**-0.5
+        weight = self.random.standard_normal((inner, outer)) * inner**-0.5
         if self.spec.weights == "int8":
             return self._int8(x, weight)
         if self.spec.weights == "q4":

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from folder_models import huggingface_folder, logits_to_keep, merged_model
+from form_models import Exported, exported_model
 from models import Tiny, tiny_folder, tiny_model, token_ids
 from onnx import TensorProto, helper
 
@@ -298,6 +299,19 @@ def test_a_merged_decoder_says_what_feeds_its_choice(tmp_path: Path) -> None:
     )
     assert (layout.use_cache_branch, layout.shared_buffers, len(layout.layers)) == ("use_cache_branch", False, 3)
     assert json.loads((tmp_path / "config.json").read_text())["vocab_size"] == layout.vocab_size
+
+
+def test_rows_of_different_lengths_step_apart_where_positions_are_shared(tmp_path: Path) -> None:
+    layout = read_layout(huggingface_folder(tmp_path, exported_model(Exported(position_ids=False))))
+    assert layout.shared_positions
+    session = open_session(layout, kv="f16")
+    rows = [session.sequence() for _ in range(3)]
+    for row, tokens in zip(rows, (5, 9, 5), strict=True):
+        row.feed(IDS[:tokens])
+    alone = [row.fork().feed(IDS[20 + at : 21 + at]) for at, row in enumerate(rows)]
+    together = session.step(rows, IDS[20:23])
+    np.testing.assert_allclose(together, np.stack(alone), rtol=0, atol=1e-5)
+    assert [row.length for row in rows] == [6, 10, 6]
 
 
 # ---- attention that inferos does not compute ----

@@ -15,10 +15,15 @@ from inferos.errors import UnsupportedError
 from inferos.runtime._graph import attention_nodes
 from inferos.runtime.rewrite import rewrite_model
 
-TOKENS, PROMPT = 128, 40
+TOKENS, PROMPT = 128, 96
 # K and V are rounded to FP16, a rotated key by up to 2^-11 of itself in every channel: that is what float32 differs by.
-# Stock float16 rounds each intermediate as well. Quantised stock pasts round far more than ours do.
-EPSILON = {"float32": 4e-3, "float16": 4e-2}
+# Stock float16 rounds each intermediate as well, and INT8 weights round what goes into them to 1/127 of its largest.
+EPSILON = {"float32": 4e-3, "float16": 4e-2, "int8": 8e-2}
+
+
+def epsilon_of(spec: Exported) -> float:
+    return EPSILON["int8" if spec.weights == "int8" else spec.dtype]
+
 
 SAME: dict[str, Exported] = {
     "decomposed": Exported(),
@@ -70,7 +75,7 @@ def token_ids(spec: Exported) -> np.ndarray:
 def test_logits_and_choices_are_those_of_the_export(form: str) -> None:
     spec = SAME[form]
     stock, ours = teacher_forced(exported_model(spec), token_ids(spec), PROMPT)
-    assert_same_but_for_ties(stock, ours, EPSILON[spec.dtype])
+    assert_same_but_for_ties(stock, ours, epsilon_of(spec))
 
 
 @pytest.mark.parametrize(
@@ -79,14 +84,15 @@ def test_logits_and_choices_are_those_of_the_export(form: str) -> None:
 def test_a_host_with_attention_mask_gets_the_same(form: str) -> None:
     spec = SAME[form]
     stock, ours = teacher_forced(exported_model(spec), token_ids(spec), PROMPT, scalar_lengths=False)
-    assert_same_but_for_ties(stock, ours, EPSILON[spec.dtype])
+    assert_same_but_for_ties(stock, ours, epsilon_of(spec))
 
 
-@pytest.mark.parametrize("form", SAME)
+@pytest.mark.parametrize(
+    "form", [form for form in SAME if SAME[form].form != "attention3d" or SAME[form].mask != "flag"]
+)
 def test_only_ids_and_lengths_go_in_and_only_logits_come_out(form: str) -> None:
     spec = SAME[form]
     model = rewrite_model(exported_model(spec))
-    onnx.checker.check_model(model.graph.node[0]) if False else None
     positions = ["position_ids"] if spec.position_ids else []
     wanted = ["input_ids", *positions, "inferos_handle", "inferos_seqlens_k", "inferos_total_length"]
     assert [value.name for value in model.graph.input] == wanted
@@ -100,6 +106,13 @@ def test_layers_say_their_form_sizes_and_window() -> None:
     first, second = attention_nodes(exported_model(spec))
     assert (first.form, first.heads, first.kv_heads, first.head_dim, first.window) == ("decomposed", 4, 1, 64, 8)
     assert (second.kv_heads, second.head_dim, second.past_key) == (4, 16, "past_key_values.7.key")
+
+
+@pytest.mark.parametrize("position_ids", [True, False])
+def test_positions_counted_from_the_past_are_one_for_all_rows(position_ids: bool) -> None:
+    source = exported_model(Exported(position_ids=position_ids))
+    assert attention_nodes(source)[0].shared_positions is not position_ids
+    assert attention_nodes(rewrite_model(source))[0].shared_positions is not position_ids
 
 
 def test_window_longer_than_the_first_probes_is_found() -> None:

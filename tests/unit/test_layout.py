@@ -236,8 +236,8 @@ REFUSED = {
     "share one past": _shared_past,
     "not an input of the graph": _computed_past,
     "spy": _read_present,
-    "PagedAttention is not": _other("PagedAttention", "com.microsoft"),
-    "'/attention.0/GroupQueryAttention': LinearAttention is not": _other("LinearAttention", ""),
+    "DecoderMaskedMultiHeadAttention is not": _other("DecoderMaskedMultiHeadAttention", "com.microsoft"),
+    "'/attention.0/GroupQueryAttention': Attention is not": _other("Attention", "com.microsoft"),
     "in a subgraph": _in_a_branch,
 }
 

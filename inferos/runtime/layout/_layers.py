@@ -27,6 +27,8 @@ class Attention:
     rewritten : bool
     refused : str
         Why it cannot be rewritten; empty where it can.
+    shared_positions : bool
+        Whether positions are counted from one length for all rows of a run.
     positions : int or None
         Positions that its rotary tables have rows for, where they are constants.
     """
@@ -34,6 +36,7 @@ class Attention:
     layers: tuple[AttentionLayer, ...]
     rewritten: bool = False
     refused: str = ""
+    shared_positions: bool = False
     positions: int | None = None
 
 
@@ -59,7 +62,12 @@ def read_attention(model: onnx.ModelProto, head_dim: int | None, *, stock: bool)
         if not stock:
             raise
         return Attention(_declared(model.graph), refused=str(error))
-    return Attention(tuple(map(_layer, nodes)), nodes[0].rewritten, positions=_positions(model.graph, nodes))
+    return Attention(
+        tuple(map(_layer, nodes)),
+        nodes[0].rewritten,
+        shared_positions=any(node.shared_positions for node in nodes),
+        positions=_positions(model.graph, nodes),
+    )
 
 
 def _layer(node: AttentionNode) -> AttentionLayer:

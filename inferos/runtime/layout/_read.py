@@ -102,6 +102,7 @@ def read_layout(path: str | Path, *, stock: bool = False) -> ModelLayout:
         logits_to_keep=ports.logits_to_keep,
         last_logits_only=ports.last_logits_only,
         one_token_runs=ports.one_token_runs,
+        shared_positions=attention.shared_positions,
         shared_buffers=not branch and shares_buffers(model.graph, pasts),
         model_type=place.facts.model_type,
         kind=place.kind,

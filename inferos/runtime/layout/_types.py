@@ -144,6 +144,8 @@ class ModelLayout:
         Whether the graph gives logits after the last token only.
     one_token_runs : bool
         Whether the graph takes one token a run.
+    shared_positions : bool
+        Whether the graph counts positions from one length for all rows of a run.
     shared_buffers : bool
         Whether past and present of a layer may be one buffer, longer than the tokens held.
     model_type : str
@@ -173,6 +175,7 @@ class ModelLayout:
     logits_to_keep: str = ""
     last_logits_only: bool = False
     one_token_runs: bool = False
+    shared_positions: bool = False
     shared_buffers: bool = True
     model_type: str = ""
     kind: str = "onnxruntime-genai"
