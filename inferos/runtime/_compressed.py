@@ -131,19 +131,19 @@ class CompressedSession:
             turns = [held.enter_context(row.turn()) for row in rows]
             for turn in turns:
                 turn.sequence.reviews.before_step(turn.cache, 1, self.rules)
-            last = np.empty((len(rows), self.vocab_size), np.float32)
-            for group in self._groups(turns):
-                logits = self.run([turns[row] for row in group], tokens[group].astype(np.int64)[:, None])
-                last[group] = logits[:, -1]
+            run = self._run_by_length if self.layout.shared_positions else self.run
+            logits = run(turns, tokens.astype(np.int64)[:, None])
             _commit(turns)
+            last: Float32 = logits[:, -1].astype(np.float32, copy=False)
             return last
 
-    def _groups(self, turns: list[Turn]) -> list[list[int]]:
-        """The rows that may share a run."""
-        if not self.layout.shared_positions:
-            return [list(range(len(turns)))]
-        lengths = sorted({turn.past for turn in turns})
-        return [[row for row, turn in enumerate(turns) if turn.past == length] for length in lengths]
+    def _run_by_length(self, turns: list[Turn], ids: Ids) -> npt.NDArray[Any]:
+        """As `run`, once for the rows of each length."""
+        logits = np.empty((len(turns), 1, self.vocab_size), np.float32)
+        for length in sorted({turn.past for turn in turns}):
+            rows = [row for row, turn in enumerate(turns) if turn.past == length]
+            logits[rows] = self.run([turns[row] for row in rows], ids[rows])[:, -1:]
+        return logits
 
     def run(self, turns: list[Turn], ids: Ids, *, keep_all: bool = False) -> npt.NDArray[Any]:
         """Logits (rows, tokens, vocab_size) of one run over ids (rows, tokens). Commits nothing.
