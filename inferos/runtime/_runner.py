@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from inferos.devices.probe import CPU, Device
 from inferos.runtime._graph import load_graph
 from inferos.runtime._ort import input_types, open_ort, session_options
 from inferos.runtime._trim import trim_logits
@@ -48,14 +49,15 @@ class Runner:
         return logits if logits.ndim == 3 else logits.reshape(logits.shape[0], -1, logits.shape[-1])
 
 
-def open_runner(layout: ModelLayout, *, threads: int) -> Runner:
-    """The model's rewritten graph on the CPU.
+def open_runner(layout: ModelLayout, *, threads: int, device: Device = CPU) -> Runner:
+    """The model's rewritten graph on a device; inferos' op itself runs on the processor.
 
     Parameters
     ----------
     layout : ModelLayout
     threads : int
         Threads inside a node; 0 = as many as ONNX Runtime finds right.
+    device : Device
 
     Raises
     ------
@@ -65,7 +67,8 @@ def open_runner(layout: ModelLayout, *, threads: int) -> Runner:
     graph, trims = _decoder_graph(layout)
     options = session_options(threads)
     register(options)
-    return Runner(open_ort(graph, options, layout.model_path.parent), layout.logits, trims=trims)
+    session = open_ort(graph, options, layout.model_path.parent, device)
+    return Runner(session, layout.logits, trims=trims, name=device.name, device=device.word)
 
 
 def _decoder_graph(layout: ModelLayout) -> tuple[bytes, bool]:

@@ -238,6 +238,8 @@ REFUSED = {
     "spy": _read_present,
     "DecoderMaskedMultiHeadAttention is not": _other("DecoderMaskedMultiHeadAttention", "com.microsoft"),
     "'/attention.0/GroupQueryAttention': Attention is not": _other("Attention", "com.microsoft"),
+    "PagedAttention is not": _other("PagedAttention", "com.microsoft"),
+    "'/attention.0/GroupQueryAttention': LinearAttention is not": _other("LinearAttention", ""),
     "in a subgraph": _in_a_branch,
 }
 
