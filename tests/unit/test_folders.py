@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from folder_models import huggingface_folder, logits_to_keep, merged_model
+from folder_models import hub_cache, huggingface_folder, logits_to_keep, merged_model
 from form_models import Exported, exported_model
 from models import Tiny, tiny_folder, tiny_model, token_ids
 from onnx import TensorProto, helper
@@ -166,6 +166,19 @@ def test_a_stock_sequence_rewinds_and_forks(tmp_path: Path, kind: str) -> None:
     np.testing.assert_allclose(one.feed_all(IDS[40:]), wanted[40:], rtol=0, atol=1e-5)
     np.testing.assert_allclose(other.feed_all(IDS[60:]), wanted[60:], rtol=0, atol=1e-5)
     assert one.kv_bytes >= 4 * one.kv_elements
+
+
+def test_the_cache_of_the_hub_is_read_through_its_links(tmp_path: Path) -> None:
+    plain = huggingface_folder(tmp_path / "plain", tiny_model(Tiny()), name="onnx/model.onnx", external=True)
+    try:
+        folder = hub_cache(tmp_path, plain)
+    except OSError:
+        pytest.skip("this system does not let us make symbolic links")
+    for kv in ("off", "int8"):
+        wanted = open_session(plain, kv=kv).sequence().feed_all(IDS)
+        np.testing.assert_array_equal(open_session(folder, kv=kv).sequence().feed_all(IDS), wanted)
+    rewritten = rewrite(folder, tmp_path / "out").folder
+    np.testing.assert_array_equal(open_session(rewritten, kv="int8").sequence().feed_all(IDS), wanted)
 
 
 def test_load_takes_an_optimum_folder_and_a_file(tmp_path: Path) -> None:
