@@ -53,6 +53,7 @@ class Stock:
         self.kinds = {value.name: value for value in self.session.get_inputs()}
         self.names = [(n.past_key, n.present_key) for n in nodes] + [(n.past_value, n.present_value) for n in nodes]
         self.length = 0
+        self.sizes = {name: node.head_dim for node in nodes for name in (node.past_key, node.past_value)}
         self.pasts: dict[str, Array] = {}
 
     def feed(self, ids: Array) -> Array:
@@ -69,6 +70,8 @@ class Stock:
                 d if isinstance(d, int) else len(ids) if "batch" in str(d) or at == 0 else 0
                 for at, d in enumerate(value.shape)
             ]
+            if isinstance(value.shape[3], str):
+                shape[3] = self.sizes[past]
             feeds[past] = self.pasts.get(past, np.zeros(shape, _TYPES[value.type]))
         out = self.session.run(["logits", *(present for _, present in self.names)], feeds)
         self.pasts = {past: values for (past, _), values in zip(self.names, out[1:], strict=True)}

@@ -1,16 +1,17 @@
 """Reading a decoder's ONNX graph: where its weights lie, and which attention it computes (`inferos.runtime.forms`).
 
-Nothing here loads external data: a model with gigabytes of weights is a few megabytes of graph.
+Nothing here loads weights: a model with gigabytes of them is a few megabytes of graph.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
 from inferos.errors import ModelError
 from inferos.runtime.forms import (
@@ -39,8 +40,13 @@ __all__ = [
 ]
 
 
+_WHOLE = (TensorProto.BOOL, TensorProto.INT32, TensorProto.INT64)
+_BYTES = (TensorProto.INT8, TensorProto.UINT8)
+_LARGEST_TABLE, _LARGEST_VECTOR = 1 << 24, 1 << 16  # values
+
+
 def load_graph(path: Path) -> onnx.ModelProto:
-    """The model at `path`, external data not loaded.
+    """The model at `path`, external data not loaded but for small whole numbers and square tables of them.
 
     Raises
     ------
@@ -56,7 +62,34 @@ def load_graph(path: Path) -> onnx.ModelProto:
     # A file cut between two fields still parses: what is missing shows.
     if not model.graph.node or not model.graph.output or not model.opset_import:
         raise ModelError(f"load_graph: {path.name} is not a whole ONNX model: it has no nodes, outputs or opset")
+    for tensor in model.graph.initializer:
+        if tensor.data_location == TensorProto.EXTERNAL and _tells_a_mask(tensor):
+            _load_beside(tensor, path.parent)
     return model
+
+
+def _tells_a_mask(tensor: TensorProto) -> bool:
+    """Whether a constant may be a mask, an index or a shape: what decides the meaning of attention is read."""
+    size = math.prod(tensor.dims)
+    table = len(tensor.dims) >= 2 and tensor.dims[-1] == tensor.dims[-2] and tensor.data_type in (*_WHOLE, *_BYTES)
+    return bool(size <= (_LARGEST_TABLE if table else _LARGEST_VECTOR if tensor.data_type in _WHOLE else 0))
+
+
+def _load_beside(tensor: TensorProto, folder: Path) -> None:
+    """Bring an external constant into the model. One that cannot be read stays outside, where `external_files` checks it."""
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    try:
+        path = _inside(folder, entries.get("location", ""), tensor.name)
+        with path.open("rb") as file:
+            file.seek(int(entries.get("offset", "0")))
+            data = file.read(int(entries["length"]))
+    except (KeyError, ModelError, OSError, ValueError):
+        return
+    if len(data) != math.prod(tensor.dims) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize:
+        return
+    del tensor.external_data[:]
+    tensor.data_location = TensorProto.DEFAULT
+    tensor.raw_data = data
 
 
 def _tensors(graph: onnx.GraphProto) -> Iterator[TensorProto]:

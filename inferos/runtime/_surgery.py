@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 
 from inferos.errors import UnsupportedError
 from inferos.runtime._graph import OUR_DOMAIN, OUR_OP, AttentionNode, tensor_shape, uses
-from inferos.runtime.forms import GraphIndex
+from inferos.runtime.forms import GraphIndex, in_order
 from inferos.runtime.forms.base import Call, call_of
 from inferos.runtime.layout import HANDLE_INPUT
 
@@ -41,7 +41,7 @@ def tensors_alive(nodes: list[onnx.NodeProto], outputs: Iterable[str]) -> set[st
 
 def drop_dead(graph: onnx.GraphProto, alive_before: set[str]) -> None:
     """Remove what a rewrite orphaned; what was unused before stays as the export had it."""
-    alive = tensors_alive(list(graph.node), (value.name for value in graph.output))
+    alive = tensors_alive(in_order(graph.node), (value.name for value in graph.output))
     dead = alive_before - alive
     keep(graph.node, lambda node: not dead & set(node.output) or bool(alive & set(node.output)))
     for field in (graph.input, graph.initializer, graph.value_info):

@@ -37,7 +37,7 @@ from inferos.runtime._graph import (
     tensor_shape,
 )
 from inferos.runtime._surgery import MASK_LENGTHS, MASK_TOTAL, Surgery, drop_dead, keep, tensors_alive
-from inferos.runtime.forms import SHARED_POSITIONS_KEY
+from inferos.runtime.forms import SHARED_POSITIONS_KEY, in_order
 from inferos.runtime.layout import (
     CONFIG_NAME,
     HANDLE_INPUT,
@@ -137,7 +137,7 @@ def rewrite_in_place(model: onnx.ModelProto, *, head_dim: int | None = None, sca
         model.graph, ({HANDLE_INPUT} if stock else set()) | ({LENGTHS_INPUT, TOTAL_INPUT} if lengths else set())
     )
     graph = model.graph
-    alive = tensors_alive(list(graph.node), (value.name for value in graph.output))
+    alive = tensors_alive(in_order(graph.node), (value.name for value in graph.output))
     if stock:
         _replace_attention(model, nodes, lengths=lengths)
     else:

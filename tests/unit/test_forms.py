@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -12,7 +13,7 @@ from form_runs import Ours, Stock, teacher_forced
 from onnx import TensorProto, helper
 
 from inferos.errors import UnsupportedError
-from inferos.runtime._graph import attention_nodes
+from inferos.runtime._graph import attention_nodes, external_files, load_graph
 from inferos.runtime.rewrite import rewrite_model
 
 TOKENS, PROMPT = 128, 96
@@ -113,6 +114,30 @@ def test_positions_counted_from_the_past_are_one_for_all_rows(position_ids: bool
     source = exported_model(Exported(position_ids=position_ids))
     assert attention_nodes(source)[0].shared_positions is not position_ids
     assert attention_nodes(rewrite_model(source))[0].shared_positions is not position_ids
+
+
+def test_a_graph_whose_nodes_are_out_of_order_is_read() -> None:
+    spec = Exported()
+    source = exported_model(spec)
+    nodes = list(source.graph.node)
+    del source.graph.node[:]
+    source.graph.node.extend(reversed(nodes))
+    stock, ours = teacher_forced(source, token_ids(spec), PROMPT)
+    assert_same_but_for_ties(stock, ours, epsilon_of(spec))
+
+
+def test_a_mask_in_a_file_beside_the_model_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    onnx.save(
+        exported_model(Exported(mask="table")),
+        str(path),
+        save_as_external_data=True,
+        location="data",
+        size_threshold=256,
+    )
+    model = load_graph(path)
+    assert external_files(model, tmp_path) == (tmp_path / "data",)
+    assert attention_nodes(model)[0].window == 8
 
 
 def test_window_longer_than_the_first_probes_is_found() -> None:

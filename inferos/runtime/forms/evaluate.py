@@ -177,8 +177,8 @@ class Case:
         if any(isinstance(v, Unknown) and v.shape is None for _, v in known):
             return nothing
         special = _microsoft_shape(node, values)
-        if special is not None:
-            return [special, *nothing[1:]]
+        if special is not None:  # the fourth output of a Skip*LayerNormalization is the sum it was made of
+            return [special if at in (0, 3) else Unknown() for at in range(len(node.output))]
         try:
             schema = onnx.defs.get_schema(node.op_type, self.opsets.get(node.domain, 1), node.domain)
             found = shape_inference.infer_node_outputs(
@@ -229,6 +229,10 @@ def _microsoft_shape(node: onnx.NodeProto, values: list[Value | None]) -> Unknow
     kind, shape = (first.kind, first.shape) if isinstance(first, Unknown) else (0, first.shape)
     if shape is None:
         return None
+    if node.op_type == "GroupQueryAttention" and len(values) > 1 and values[1] is None:
+        own = attributes(node)
+        heads = own["num_heads"]
+        return Unknown(kind, (*shape[:-1], shape[-1] // (heads + 2 * own["kv_num_heads"]) * heads))
     if node.op_type in _SHAPED_AS_INPUT:
         return Unknown(kind, shape)
     if node.op_type == "MatMulNBits":
