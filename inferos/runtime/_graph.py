@@ -64,7 +64,7 @@ def load_graph(path: Path) -> onnx.ModelProto:
         raise ModelError(f"load_graph: {path.name} is not a whole ONNX model: it has no nodes, outputs or opset")
     for tensor in model.graph.initializer:
         if tensor.data_location == TensorProto.EXTERNAL and _tells_a_mask(tensor):
-            _load_beside(tensor, path.parent)
+            _load_beside(tensor, path)
     return model
 
 
@@ -75,11 +75,11 @@ def _tells_a_mask(tensor: TensorProto) -> bool:
     return bool(size <= (_LARGEST_TABLE if table else _LARGEST_VECTOR if tensor.data_type in _WHOLE else 0))
 
 
-def _load_beside(tensor: TensorProto, folder: Path) -> None:
+def _load_beside(tensor: TensorProto, model_path: Path) -> None:
     """Bring an external constant into the model. One that cannot be read stays outside, where `external_files` checks it."""
     entries = {entry.key: entry.value for entry in tensor.external_data}
     try:
-        path = _inside(folder, entries.get("location", ""), tensor.name)
+        path = _inside(model_path, entries.get("location", ""), tensor.name)
         with path.open("rb") as file:
             file.seek(int(entries.get("offset", "0")))
             data = file.read(int(entries["length"]))
