@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,20 @@ def huggingface_folder(
     if generation is not None:
         (folder / "generation_config.json").write_text(json.dumps(generation))
     return folder
+
+
+def hub_cache(root: Path, folder: Path) -> Path:
+    """The files of a folder as huggingface_hub keeps them: links in a snapshot to blobs named by their content."""
+    repository = root / "models--org--name"
+    snapshot, blobs = repository / "snapshots" / "0123abc", repository / "blobs"
+    blobs.mkdir(parents=True)
+    for number, path in enumerate(sorted(path for path in folder.rglob("*") if path.is_file())):
+        blob = blobs / f"{number:040x}"
+        blob.write_bytes(path.read_bytes())
+        link = snapshot / path.relative_to(folder)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    return snapshot
 
 
 def merged_model(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -50,6 +50,12 @@ def outside(**changes: Any) -> Callable[[], onnx.ModelProto]:
     return lambda: outside_rotary_model(Tiny(**changes))
 
 
+def _sliding_cache(model: onnx.ModelProto) -> None:
+    for node in model.graph.node:
+        if node.op_type == "GroupQueryAttention":
+            node.attribute.append(helper.make_attribute("sliding_window_cache", 1))
+
+
 def exported(form: str = "decomposed", **changes: Any) -> Callable[[], onnx.ModelProto]:
     return lambda: exported_model(Exported(form, **changes))
 
@@ -70,10 +76,20 @@ def one_token(model: Callable[[], onnx.ModelProto]) -> Callable[[], onnx.ModelPr
     return build
 
 
+def changed(model: Callable[[], onnx.ModelProto], change: Change) -> Callable[[], onnx.ModelProto]:
+    def build() -> onnx.ModelProto:
+        graph = model()
+        change(graph)
+        return graph
+
+    return build
+
+
 FULL_HEADS = {"kv_heads": (4, 4)}
 READ: dict[str, Read] = {
     "genai-cpu": Read(tiny(packed=True)),
     "genai-cpu-window": Read(tiny(packed=True, window=9)),
+    "genai-sliding-cache": Read(changed(tiny(window=20), _sliding_cache)),
     "genai-dml": Read(outside(dtype="float16")),
     "genai-cuda": Read(tiny(packed=True, dtype="float16", position_ids=True), external=True),
     "genai-webgpu": Read(tiny(dtype="float16")),
@@ -158,15 +174,6 @@ def _bfloat16(model: onnx.ModelProto) -> None:
 def _three_axes(model: onnx.ModelProto) -> None:
     positions = next(value for value in model.graph.input if value.name == "position_ids")
     positions.type.tensor_type.shape.dim.insert(0, onnx.TensorShapeProto.Dimension(dim_value=3))
-
-
-def changed(model: Callable[[], onnx.ModelProto], change: Change) -> Callable[[], onnx.ModelProto]:
-    def build() -> onnx.ModelProto:
-        graph = model()
-        change(graph)
-        return graph
-
-    return build
 
 
 REFUSED: dict[str, Callable[[], onnx.ModelProto]] = {

@@ -140,6 +140,8 @@ class CompressedSession:
     def step(self, sequences: Collection[TokenSequence], ids: Ids) -> Float32:
         """One token for each sequence, in one run; see `DecoderSession.step`.
 
+        A graph that counts positions from one length for all rows is run once for each length.
+
         Raises
         ------
         ShapeError
@@ -159,17 +161,19 @@ class CompressedSession:
             turns = [held.enter_context(row.turn()) for row in rows]
             for turn in turns:
                 turn.sequence.reviews.before_step(turn.cache, 1, self.rules)
-            logits = self._run_rows(turns, tokens.astype(np.int64)[:, None])
+            run = self._run_by_length if self.layout.shared_positions else self.run
+            logits = run(turns, tokens.astype(np.int64)[:, None])
             _commit(turns)
             last: Float32 = logits[:, -1].astype(np.float32, copy=False)
             return last
 
-    def _run_rows(self, turns: list[Turn], ids: Ids) -> npt.NDArray[Any]:
-        """Logits of a step of all rows: in one run, unless the graph has one position for rows that differ in length."""
-        if not self.layout.shared_positions or len({turn.past for turn in turns}) == 1:
-            return self.run(turns, ids)
-        # Copied, because a run's logits may be those that the next one writes.
-        return np.concatenate([self.run([turn], ids[at : at + 1]).copy() for at, turn in enumerate(turns)])
+    def _run_by_length(self, turns: list[Turn], ids: Ids) -> npt.NDArray[Any]:
+        """As `run`, once for the rows of each length."""
+        logits = np.empty((len(turns), 1, self.vocab_size), np.float32)
+        for length in sorted({turn.past for turn in turns}):
+            rows = [row for row, turn in enumerate(turns) if turn.past == length]
+            logits[rows] = self.run([turns[row] for row in rows], ids[rows])[:, -1:]
+        return logits
 
     def run(self, turns: Collection[Turn], ids: Ids, *, keep_all: bool = False) -> npt.NDArray[Any]:
         """Logits (rows, tokens, vocab_size) of one run over ids (rows, tokens). Commits nothing.

@@ -31,6 +31,7 @@ __all__ = [
     "OUR_OP",
     "AttentionNode",
     "attention_nodes",
+    "data_folder",
     "external_files",
     "load_graph",
     "subgraphs",
@@ -63,7 +64,7 @@ def load_graph(path: Path) -> onnx.ModelProto:
         raise ModelError(f"load_graph: {path.name} is not a whole ONNX model: it has no nodes, outputs or opset")
     for tensor in model.graph.initializer:
         if tensor.data_location == TensorProto.EXTERNAL and _tells_a_mask(tensor):
-            _load_beside(tensor, path.parent)
+            _load_beside(tensor, path)
     return model
 
 
@@ -74,11 +75,11 @@ def _tells_a_mask(tensor: TensorProto) -> bool:
     return bool(size <= (_LARGEST_TABLE if table else _LARGEST_VECTOR if tensor.data_type in _WHOLE else 0))
 
 
-def _load_beside(tensor: TensorProto, folder: Path) -> None:
+def _load_beside(tensor: TensorProto, model_path: Path) -> None:
     """Bring an external constant into the model. One that cannot be read stays outside, where `external_files` checks it."""
     entries = {entry.key: entry.value for entry in tensor.external_data}
     try:
-        path = _inside(folder, entries.get("location", ""), tensor.name)
+        path = _inside(model_path, entries.get("location", ""), tensor.name)
         with path.open("rb") as file:
             file.seek(int(entries.get("offset", "0")))
             data = file.read(int(entries["length"]))
@@ -106,24 +107,53 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[TensorProto]:
             yield from _tensors(body)
 
 
-def _inside(folder: Path, location: str, tensor: str) -> Path:
-    """The external file `location`, refused where it leaves `folder`."""
+def _inside(model_path: Path, location: str, tensor: str) -> Path:
+    """The external file `location`, refused where it leaves the model's folder.
+
+    Where the model itself is a link, as in the cache of huggingface_hub, the file may also lie where the model really
+    does: links that somebody made beside both, not a path that the model asks for.
+    """
+    folder = model_path.parent
     pure = PurePosixPath(location.replace("\\", "/"))
     escapes = pure.is_absolute() or PureWindowsPath(location).drive or ".." in pure.parts
     path = folder / pure
-    if not location or escapes or not path.resolve().is_relative_to(folder.resolve()):
+    allowed = (folder.resolve(), model_path.resolve().parent)
+    if not location or escapes or not any(path.resolve().is_relative_to(place) for place in allowed):
         raise ModelError(f"external data of {tensor!r}: {location!r} lies outside {folder}; copy the file into it")
     return path
 
 
-def external_files(model: onnx.ModelProto, folder: Path) -> tuple[Path, ...]:
-    """The files beside the model that hold its external data, checked to exist, to be inside `folder` and long enough.
+def data_folder(model: onnx.ModelProto, model_path: Path) -> Path:
+    """The folder that a session of the graph's bytes finds external data in.
+
+    ONNX Runtime follows no link out of that folder. Where there is one, the locations in `model` are changed to those
+    of the files themselves.
+    """
+    folder, real = model_path.parent, model_path.resolve().parent
+    entries = [
+        entry
+        for tensor in _tensors(model.graph)
+        if tensor.data_location == TensorProto.EXTERNAL
+        for entry in tensor.external_data
+        if entry.key == "location"
+    ]
+    files = {entry.value: (folder / entry.value).resolve() for entry in entries}
+    if not files or all(path.is_relative_to(folder.resolve()) for path in files.values()):
+        return folder
+    for entry in entries:
+        entry.value = files[entry.value].relative_to(real).as_posix()
+    return real
+
+
+def external_files(model: onnx.ModelProto, model_path: Path) -> tuple[Path, ...]:
+    """The files beside the model that hold its external data, checked to exist, to be inside its folder and long enough.
 
     Raises
     ------
     ModelError
         Naming the tensor, its location and what is wrong with it.
     """
+    folder = model_path.parent
     found: dict[str, Path] = {}
     for tensor in _tensors(model.graph):
         if tensor.data_location != TensorProto.EXTERNAL:
@@ -132,7 +162,7 @@ def external_files(model: onnx.ModelProto, folder: Path) -> tuple[Path, ...]:
         location = entries.get("location", "")
         path = found.get(location)
         if path is None:
-            path = found[location] = _inside(folder, location, tensor.name)
+            path = found[location] = _inside(model_path, location, tensor.name)
             if not path.is_file():
                 raise ModelError(f"external data of {tensor.name!r}: {location!r} is missing from {folder}")
         try:

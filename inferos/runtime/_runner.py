@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy.typing as npt
 
 from inferos.devices.probe import CPU, Device
 from inferos.runtime._binding import Bindings
-from inferos.runtime._graph import load_graph
+from inferos.runtime._graph import data_folder, load_graph
 from inferos.runtime._ort import input_types, open_ort, session_options
 from inferos.runtime._trim import trim_logits
 from inferos.runtime.layout import ModelLayout
@@ -88,17 +89,21 @@ def open_runner(layout: ModelLayout, *, threads: int, device: Device = CPU, iobi
     ModelError, UnsupportedError
         If the graph cannot be rewritten, or ONNX Runtime refuses it.
     """
-    graph, trims = _decoder_graph(layout)
+    graph, folder, trims = _decoder_graph(layout)
     options = session_options(threads)
     register(options)
-    session = open_ort(graph, options, layout.model_path.parent, device)
+    session = open_ort(graph, options, folder, device)
     bindings = Bindings.of(session, layout) if iobinding else None
     return Runner(session, layout.logits, trims=trims, bindings=bindings, name=device.name, device=device.word)
 
 
-def _decoder_graph(layout: ModelLayout) -> tuple[bytes, bool]:
-    """The rewritten graph, and whether its logits can be cut short. Nothing of the export outlives this call."""
+def _decoder_graph(layout: ModelLayout) -> tuple[bytes, Path, bool]:
+    """The rewritten graph, the folder of its external data, and whether its logits can be cut short.
+
+    Nothing of the export outlives this call.
+    """
     model = load_graph(layout.model_path)
     rewrite_in_place(model, head_dim=layout.layers[0].head_dim)
     trims = trim_logits(model, layout.logits)
-    return model.SerializeToString(), trims
+    folder = data_folder(model, layout.model_path)
+    return model.SerializeToString(), folder, trims

@@ -345,7 +345,7 @@ def _fill(
     (graphs / layout.model_path.name).write_bytes(model.SerializeToString())
     linked: list[str] = []
     copied: list[str] = []
-    for path in external_files(model, layout.model_path.parent):
+    for path in external_files(model, layout.model_path):
         name = path.relative_to(layout.folder)
         (linked if _link_or_copy(path, folder / name) else copied).append(str(name))
     for path in sorted(layout.folder.iterdir()):

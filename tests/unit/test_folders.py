@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from folder_models import huggingface_folder, logits_to_keep, merged_model
+from folder_models import hub_cache, huggingface_folder, logits_to_keep, merged_model
+from form_models import Exported, exported_model
 from models import Tiny, tiny_folder, tiny_model, token_ids
 from onnx import TensorProto, helper
 
@@ -167,6 +168,19 @@ def test_a_stock_sequence_rewinds_and_forks(tmp_path: Path, kind: str) -> None:
     assert one.kv_bytes >= 4 * one.kv_elements
 
 
+def test_the_cache_of_the_hub_is_read_through_its_links(tmp_path: Path) -> None:
+    plain = huggingface_folder(tmp_path / "plain", tiny_model(Tiny()), name="onnx/model.onnx", external=True)
+    try:
+        folder = hub_cache(tmp_path, plain)
+    except OSError:
+        pytest.skip("this system does not let us make symbolic links")
+    for kv in ("off", "int8"):
+        wanted = open_session(plain, kv=kv).sequence().feed_all(IDS)
+        np.testing.assert_array_equal(open_session(folder, kv=kv).sequence().feed_all(IDS), wanted)
+    rewritten = rewrite(folder, tmp_path / "out").folder
+    np.testing.assert_array_equal(open_session(rewritten, kv="int8").sequence().feed_all(IDS), wanted)
+
+
 def test_load_takes_an_optimum_folder_and_a_file(tmp_path: Path) -> None:
     folder = huggingface_folder(tmp_path, tiny_model(Tiny()))
     texts = []
@@ -298,6 +312,19 @@ def test_a_merged_decoder_says_what_feeds_its_choice(tmp_path: Path) -> None:
     )
     assert (layout.use_cache_branch, layout.shared_buffers, len(layout.layers)) == ("use_cache_branch", False, 3)
     assert json.loads((tmp_path / "config.json").read_text())["vocab_size"] == layout.vocab_size
+
+
+def test_rows_of_different_lengths_step_apart_where_positions_are_shared(tmp_path: Path) -> None:
+    layout = read_layout(huggingface_folder(tmp_path, exported_model(Exported(position_ids=False))))
+    assert layout.shared_positions
+    session = open_session(layout, kv="f16")
+    rows = [session.sequence() for _ in range(3)]
+    for row, tokens in zip(rows, (5, 9, 5), strict=True):
+        row.feed(IDS[:tokens])
+    alone = [row.fork().feed(IDS[20 + at : 21 + at]) for at, row in enumerate(rows)]
+    together = session.step(rows, IDS[20:23])
+    np.testing.assert_allclose(together, np.stack(alone), rtol=0, atol=1e-5)
+    assert [row.length for row in rows] == [6, 10, 6]
 
 
 # ---- attention that inferos does not compute ----

@@ -139,7 +139,7 @@ def test_a_mask_in_a_file_beside_the_model_is_read(tmp_path: Path) -> None:
         size_threshold=256,
     )
     model = load_graph(path)
-    assert external_files(model, tmp_path) == (tmp_path / "data",)
+    assert external_files(model, path) == (tmp_path / "data",)
     assert attention_nodes(model)[0].window == 8
 
 

@@ -63,7 +63,7 @@ def inspect_model(path: str | Path) -> Inspection:
     except UnsupportedError as error:
         return Inspection(None, None, str(error))
     model = load_graph(place.model_path)
-    external = external_files(model, place.model_path.parent)
+    external = external_files(model, place.model_path)
     layout, reason = None, ""
     try:
         layout = read_layout(path)

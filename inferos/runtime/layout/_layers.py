@@ -27,17 +27,17 @@ class Attention:
     rewritten : bool
     refused : str
         Why it cannot be rewritten; empty where it can.
+    shared_positions : bool
+        Whether positions are counted from one length for all rows of a run.
     positions : int or None
         Positions that its rotary tables have rows for, where they are constants.
-    shared_positions : bool
-        As in `ModelLayout`.
     """
 
     layers: tuple[AttentionLayer, ...]
     rewritten: bool = False
     refused: str = ""
-    positions: int | None = None
     shared_positions: bool = False
+    positions: int | None = None
 
 
 def read_attention(model: onnx.ModelProto, head_dim: int | None, *, stock: bool) -> Attention:
@@ -65,8 +65,8 @@ def read_attention(model: onnx.ModelProto, head_dim: int | None, *, stock: bool)
     return Attention(
         tuple(map(_layer, nodes)),
         nodes[0].rewritten,
+        shared_positions=any(node.shared_positions for node in nodes),
         positions=_positions(model.graph, nodes),
-        shared_positions=nodes[0].shared_positions,
     )
 
 

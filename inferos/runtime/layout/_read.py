@@ -68,7 +68,7 @@ def read_layout(path: str | Path, *, stock: bool = False) -> ModelLayout:
     """
     place = find_model(path)
     model = load_graph(place.model_path)
-    external = external_files(model, place.model_path.parent)
+    external = external_files(model, place.model_path)
     ports = read_ports(model.graph, place.facts)
     branch = branch_input(model.graph)
     if branch:
