@@ -49,5 +49,6 @@ def run(
                 "policy": _generation.policy_in_force(loaded),
                 "text": generation.text,
                 **numbers,
+                "kv_pool": _generation.pool(loaded),
             },
         )

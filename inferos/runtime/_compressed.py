@@ -80,6 +80,11 @@ class CompressedSession:
         """Whether a prompt gives logits for its last token only."""
         return bool(self.layout.logits_to_keep) or all(engine.trims for engine in self.routes.prefill)
 
+    @property
+    def iobinding(self) -> bool:
+        """Whether a decode step runs over arrays that are bound once."""
+        return bool(getattr(self.routes.decode[0], "bound", False))
+
     def sequence(self) -> CompressedSequence:
         """A new, empty sequence."""
         return self.sequence_of(self.rules, self.arena)

@@ -42,7 +42,13 @@ class EffectivePolicy:
 
 
 def describe_policy(
-    version: PolicyVersion, first: Policy, rules: CacheRules | None, *, word: str, budget_bytes: int | None
+    version: PolicyVersion,
+    first: Policy,
+    rules: CacheRules | None,
+    *,
+    word: str,
+    budget_bytes: int | None,
+    iobinding: bool | None = None,
 ) -> EffectivePolicy:
     """Compare a policy with what a session does.
 
@@ -58,6 +64,8 @@ def describe_policy(
         The `--kv` word of the model.
     budget_bytes : int, optional
         Of the arena, 0 = no limit; None where there is no arena.
+    iobinding : bool, optional
+        Whether the session binds a step's arrays; None where that is not known.
     """
     policy = version.policy
     requested = policy.requested()
@@ -67,9 +75,16 @@ def describe_policy(
         notes.append(
             f"io.host_pool_bytes: {budget_bytes or 'no limit'} (requested {wanted}: set when the model is opened)"
         )
+    if iobinding is not None and policy.io.enable_iobinding != iobinding:
+        reason = (
+            "set when the model is opened" if iobinding or not first.io.enable_iobinding else "the graph's sizes grow"
+        )
+        notes.append(
+            f"io.enable_iobinding: {str(iobinding).lower()} (requested {str(not iobinding).lower()}: {reason})"
+        )
     effective = {
         "kv": None if rules is None else _shown(rules),
-        "io": {"host_pool_bytes": budget_bytes or None},
+        "io": {"host_pool_bytes": budget_bytes or None, "enable_iobinding": iobinding},
         "scheduler": {"prefill_device": "cpu", "decode_device": "cpu"},
         "quality": {"max_delta_ppl": policy.resolve().max_delta_ppl},
     }

@@ -17,6 +17,7 @@ import numpy as np
 
 from inferos.config import Policy, check_kv, load_policy, parse_size
 from inferos.errors import ClosedError, ConfigError, ContextError, ModelError
+from inferos.kv import ArenaStats
 from inferos.kv.policy import PolicyStore, PolicyVersion
 from inferos.runtime.batch import MAX_ROWS, Batch, BatchDecoder
 from inferos.runtime.cache_rules import CacheRules
@@ -239,7 +240,14 @@ class Model:
             getattr(self.session, "rules", None),
             word=self._word,
             budget_bytes=None if arena is None else arena.stats().budget_bytes,
+            iobinding=getattr(self.session, "iobinding", None),
         )
+
+    @property
+    def kv_pool(self) -> ArenaStats | None:
+        """Bytes of KV that all sequences hold, now and at most so far; None where ONNX Runtime keeps the cache."""
+        arena: Any = getattr(self.session, "arena", None)
+        return None if arena is None else arena.stats()
 
     def watch_quality(self, source: Callable[[], float | None]) -> None:
         """Let mode dynamic follow a measured quality: `source` gives the newest delta PPL, or None.
