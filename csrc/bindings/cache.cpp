@@ -365,6 +365,12 @@ void add_arena(py::module_& m) {
            py::arg("budget_bytes") = 0, py::arg("huge_pages") = true)
       .def("stats", &arena_stats)
       .def(
+          "set_budget",
+          [](Arena& arena, std::int64_t budget_bytes) {
+            return arena.set_budget(option(budget_bytes, "budget_bytes"));
+          },
+          py::arg("budget_bytes"), "Another budget, but not less than what is reserved; the one in force.")
+      .def(
           "fail_after", [](Arena& arena, std::int64_t n) { arena.fail_after(option(n, "n")); }, py::arg("n"),
           "Test seam: the n-th allocation from now is refused; 0 switches it off.");
   py::class_<ArenaBlock>(m, "ArenaBlock", "One block of an arena, released with the object.")

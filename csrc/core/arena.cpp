@@ -1,6 +1,7 @@
 #include "core/arena.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <functional>
 #include <map>
@@ -71,6 +72,7 @@ struct SizeClass {
 struct Arena::State {
   mutable std::mutex mutex;
   ArenaStats stats{};
+  std::atomic<std::size_t> budget{0};  // changes under the mutex; read without it
   bool huge_pages = true;
   std::size_t fail_countdown = 0;
   std::map<std::size_t, SizeClass> classes;  // by block bytes
@@ -97,9 +99,7 @@ struct Arena::State {
     }
   }
 
-  std::size_t room() const noexcept {
-    return stats.budget_bytes == 0 ? SIZE_MAX : stats.budget_bytes - stats.reserved_bytes;
-  }
+  std::size_t room() const noexcept { return budget == 0 ? SIZE_MAX : budget - stats.reserved_bytes; }
 
   // Bytes of a slab for blocks of `bytes` that the budget allows at most: small ones, which empty soon, but not so small that
   // their last pages add up.
@@ -107,7 +107,7 @@ struct Arena::State {
     const std::size_t page = page_bytes();
     std::size_t least = bytes;
     while ((page - least % page) % page * kLastPage > least) least += bytes;
-    return std::clamp(std::bit_floor(stats.budget_bytes / kBudgetSlabs), least, std::max(least, kMaxSlabBytes));
+    return std::clamp(std::bit_floor(budget / kBudgetSlabs), least, std::max(least, kMaxSlabBytes));
   }
 
   // Bytes of the next slab for blocks of `bytes`: as large as the arena's size justifies, less where the budget is nearly used.
@@ -115,7 +115,7 @@ struct Arena::State {
   std::size_t slab_bytes(std::size_t bytes) const noexcept {
     const std::size_t page = page_bytes();
     std::size_t wanted = std::clamp(std::bit_floor(stats.reserved_bytes / kGrowth), kMinSlabBytes, kMaxSlabBytes);
-    if (stats.budget_bytes != 0) wanted = std::min(wanted, largest(bytes));
+    if (budget != 0) wanted = std::min(wanted, largest(bytes));
     const std::size_t one = (bytes + page - 1) / page * page;
     if (one > room()) return 0;
     const std::size_t size = std::min(wanted, room() / page * page);
@@ -196,8 +196,7 @@ struct Arena::State {
   std::string refusal(std::size_t bytes, ArenaTag tag) const {
     return "arena: " + std::to_string(bytes) + " bytes for one " + tag_name(tag) +
            " do not fit: " + std::to_string(stats.reserved_bytes) + " bytes are reserved, " +
-           std::to_string(stats.used_bytes) + " of them in use, the budget is " + std::to_string(stats.budget_bytes) +
-           " bytes";
+           std::to_string(stats.used_bytes) + " of them in use, the budget is " + std::to_string(budget) + " bytes";
   }
 };
 
@@ -206,7 +205,7 @@ Arena::Arena(std::size_t budget_bytes, bool huge_pages) : state_(std::make_uniqu
     throw Error(ErrorCode::kConfig, "Arena: budget_bytes " + std::to_string(budget_bytes) +
                                         " is neither 0 (no limit) nor at least " + std::to_string(kMinSlabBytes));
   }
-  state_->stats.budget_bytes = budget_bytes;
+  state_->budget = budget_bytes;
   state_->huge_pages = huge_pages;
 }
 
@@ -260,7 +259,18 @@ void Arena::release(std::byte* block, std::size_t bytes, ArenaTag tag) noexcept 
   state.drop(size_class, slab);
 }
 
-std::size_t Arena::budget() const noexcept { return state_->stats.budget_bytes; }  // never changes
+std::size_t Arena::budget() const noexcept { return state_->budget; }
+
+std::size_t Arena::set_budget(std::size_t budget_bytes) {
+  State& state = *state_;
+  const std::scoped_lock lock(state.mutex);
+  if (budget_bytes != 0) {
+    state.drop_empty_slabs();
+    budget_bytes = std::max({budget_bytes, kMinSlabBytes, state.stats.reserved_bytes});
+  }
+  state.budget = budget_bytes;
+  return budget_bytes;
+}
 
 std::size_t Arena::largest_slab(std::size_t bytes) const noexcept { return state_->largest(bytes); }
 
@@ -330,7 +340,9 @@ std::pair<std::size_t, std::size_t> Arena::occupied() const {
 
 ArenaStats Arena::stats() const {
   const std::scoped_lock lock(state_->mutex);
-  return state_->stats;
+  ArenaStats found = state_->stats;
+  found.budget_bytes = state_->budget;
+  return found;
 }
 
 void Arena::fail_after(std::size_t n) noexcept {

@@ -49,6 +49,8 @@ class Arena {
   void release(std::byte* block, std::size_t bytes, ArenaTag tag) noexcept;
 
   std::size_t budget() const noexcept;  // 0 = no limit
+  // Another budget from now on, after empty slabs went back; never less than what is reserved then. Returns it.
+  std::size_t set_budget(std::size_t budget_bytes);
   // Bytes reserved, and those of live blocks.
   std::pair<std::size_t, std::size_t> occupied() const;
   // Bytes of the budget that no slab with blocks in it holds; SIZE_MAX without a budget.

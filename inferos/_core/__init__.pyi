@@ -16,6 +16,10 @@ class Arena:
         """
         Test seam: the n-th allocation from now is refused; 0 switches it off.
         """
+    def set_budget(self, budget_bytes: typing.SupportsInt | typing.SupportsIndex) -> int:
+        """
+        Another budget, but not less than what is reserved; the one in force.
+        """
     def stats(self) -> dict:
         ...
 class ArenaBlock:

@@ -78,6 +78,22 @@ class Arena:
         """What the arena holds now."""
         return ArenaStats(**self._native.stats())
 
+    def set_budget(self, budget_bytes: int) -> int:
+        """Change the budget; empty pages go back first. The budget in force from now on.
+
+        Parameters
+        ----------
+        budget_bytes : int
+            0 = no limit. One below what is reserved becomes just that: what lies above comes free as sequences end, or
+            make room for their next step.
+
+        Raises
+        ------
+        ConfigError
+            If it is negative.
+        """
+        return self._native.set_budget(budget_bytes)
+
 
 @dataclass(frozen=True, slots=True)
 class LayerSpec:

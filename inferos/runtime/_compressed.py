@@ -22,6 +22,7 @@ from inferos.runtime.cache_rules import CacheRules
 from inferos.runtime.failover import RobustFallbackManager
 from inferos.runtime.failover.steps import StepFailover
 from inferos.runtime.layout import ModelLayout
+from inferos.runtime.placer import Placer
 from inferos.runtime.protocols import Engine, Float32, Ids, Role, TokenSequence
 from inferos.runtime.routes import Routes
 
@@ -34,7 +35,8 @@ class CompressedSession:
     `rules` may be replaced at any time: new sequences are opened by them, and open ones follow from their next review
     on, as far as an open cache can: its sinks, its scorer and a fixed format stay. `measured_delta_ppl` is asked for
     the newest measured delta PPL before a review whose thresholds move. `routes` are the engines that run its steps;
-    one on the CPU unless given; `failover` runs a step on the next one where one fails.
+    one on the CPU unless given, and a `placer` changes their order; `failover` runs a step on the next one where one
+    fails.
 
     Thread-safe over different sequences; a sequence is used by one thread at a time (`BusyError` otherwise).
     """
@@ -47,7 +49,6 @@ class CompressedSession:
         arena: Arena,
         threads: int,
         prefill_chunk: int,
-        iobinding: bool = True,
         routes: Routes | None = None,
         failover: StepFailover | None = None,
     ) -> None:
@@ -56,8 +57,10 @@ class CompressedSession:
         self.prefill_chunk = prefill_chunk
         self.rules = rules
         self.measured_delta_ppl: QualitySource = lambda: None
+        self.placer: Placer | None = None
+        self.iobinding = True  # whether its engines bind the arrays of a decode step
         self.sequence().close()  # wrong options show here, before the weights are read
-        self.routes = Routes([open_runner(layout, threads=threads, iobinding=iobinding)]) if routes is None else routes
+        self.routes = Routes([open_runner(layout, threads=threads)]) if routes is None else routes
         self.failover = StepFailover(RobustFallbackManager()) if failover is None else failover
 
     @property
@@ -78,12 +81,8 @@ class CompressedSession:
     @property
     def trims(self) -> bool:
         """Whether a prompt gives logits for its last token only."""
-        return bool(self.layout.logits_to_keep) or all(engine.trims for engine in self.routes.prefill)
-
-    @property
-    def iobinding(self) -> bool:
-        """Whether a decode step runs over arrays that are bound once."""
-        return bool(getattr(self.routes.decode[0], "bound", False))
+        # Of the engines only the first is asked: those behind it may not be open.
+        return bool(self.layout.logits_to_keep) or self.routes.prefill[0].trims
 
     def sequence(self) -> CompressedSequence:
         """A new, empty sequence."""
@@ -110,6 +109,12 @@ class CompressedSession:
         other.rules = self.rules if kv is None else replace(self.rules, kv=kv)
         other.arena = Arena(budget_bytes)
         other.sequence().close()
+        return other
+
+    def apart(self, engine: Engine) -> CompressedSession:
+        """The same model on one engine alone, over uncompressed caches that take nothing from this session's budget."""
+        other = self.beside(kv="f16")
+        other.routes = Routes([engine])
         return other
 
     def step(self, sequences: Collection[TokenSequence], ids: Ids) -> Float32:
@@ -180,15 +185,12 @@ class _Step:
         past, handles = [turn.past for turn in turns], [turn.handle for turn in turns]
         return step_inputs(engine, self._layout, past, handles, ids, keep_all=self._keep_all)
 
-    def failed(self, error: Exception) -> InferosError:
-        typed = _typed(self._turns, error)
-        for turn in self._turns:
-            turn.sequence.drop_step(turn)
-        return typed
+    def typed(self, error: Exception) -> InferosError:
+        return _typed(self._turns, error)
 
     def forsaken(self) -> None:
         for turn in self._turns:
-            turn.sequence.drop_step(turn, hangs=True)
+            turn.sequence.take_from_run(turn)
 
 
 class Turn:
@@ -307,17 +309,13 @@ class CompressedSequence:
         """Whether the turn may still write."""
         return self._turn is turn
 
-    def drop_step(self, turn: Turn, *, hangs: bool = False) -> None:
-        """Back to the committed length within a turn. A run that `hangs` keeps a handle that does nothing any more."""
+    def take_from_run(self, turn: Turn) -> None:
+        """Go on with the turn under a new handle, at the committed length; a run under the old one cannot write."""
         with self._guard:
-            if self._turn is not turn:
-                return  # closed or abandoned, which dropped it
-            if hangs:
+            if self._turn is turn:  # else closed or abandoned, which does the same
                 self._one_token = None  # the run may still read it
                 self.cache.abandon()
                 turn.handle = self.cache.handle
-            else:
-                self.cache.rollback()
 
     def commit(self, turn: Turn) -> None:
         """Make the step of a run that succeeded part of the sequence."""

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from inferos.devices.probe import CPU, Device
 from inferos.runtime._binding import Bindings
 from inferos.runtime._graph import load_graph
 from inferos.runtime._ort import input_types, open_ort, session_options
@@ -70,14 +71,15 @@ class Runner:
         return logits if logits.ndim == 3 else logits.reshape(logits.shape[0], -1, logits.shape[-1])
 
 
-def open_runner(layout: ModelLayout, *, threads: int, iobinding: bool = True) -> Runner:
-    """The model's rewritten graph on the CPU.
+def open_runner(layout: ModelLayout, *, threads: int, device: Device = CPU, iobinding: bool = True) -> Runner:
+    """The model's rewritten graph on a device; inferos' op itself runs on the processor.
 
     Parameters
     ----------
     layout : ModelLayout
     threads : int
         Threads inside a node; 0 = as many as ONNX Runtime finds right.
+    device : Device
     iobinding : bool
         Whether a decode step's arrays are bound once; `io.enable_iobinding` of a policy.
 
@@ -89,9 +91,9 @@ def open_runner(layout: ModelLayout, *, threads: int, iobinding: bool = True) ->
     graph, trims = _decoder_graph(layout)
     options = session_options(threads)
     register(options)
-    session = open_ort(graph, options, layout.model_path.parent)
+    session = open_ort(graph, options, layout.model_path.parent, device)
     bindings = Bindings.of(session, layout) if iobinding else None
-    return Runner(session, layout.logits, trims=trims, bindings=bindings)
+    return Runner(session, layout.logits, trims=trims, name=device.name, device=device.word, bindings=bindings)
 
 
 def _decoder_graph(layout: ModelLayout) -> tuple[bytes, bool]:

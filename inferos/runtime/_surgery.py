@@ -241,12 +241,14 @@ class Surgery:
     def _wants_length(self, node: onnx.NodeProto, alive: set[str]) -> bool:
         """Whether a live reader of a shape takes the number of tokens from it."""
         ends = {attribute.name: attribute.i for attribute in node.attribute}
-        axis = 2 - (ends.get("start", 0) % 4)
+        asked = range(4)[ends.get("start", 0) : ends.get("end")]
+        if 2 not in asked:
+            return False
         for reader in self.nodes:
             if node.output[0] not in reader.input or not alive & set(reader.output):
                 continue
             number = self._number(reader.input[1]) if reader.op_type == "Gather" else None
-            if number is None or number == axis or number == axis - 4:
+            if number is None or asked[number] == 2:
                 return True
         return False
 

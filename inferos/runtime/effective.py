@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from inferos.config import Policy, Thresholds
+from inferos.devices.placement import Placement
 from inferos.kv.policy import PolicyVersion
 from inferos.runtime.cache_rules import CacheRules
 
@@ -49,6 +50,7 @@ def describe_policy(
     word: str,
     budget_bytes: int | None,
     iobinding: bool | None = None,
+    placement: Placement | None = None,
 ) -> EffectivePolicy:
     """Compare a policy with what a session does.
 
@@ -66,26 +68,28 @@ def describe_policy(
         Of the arena, 0 = no limit; None where there is no arena.
     iobinding : bool, optional
         Whether the session binds a step's arrays; None where that is not known.
+    placement : Placement, optional
+        The devices in force; None where the session runs on the processor and nowhere else.
     """
     policy = version.policy
     requested = policy.requested()
-    notes = [*_cache_notes(policy, first, rules, word), *_device_notes(requested)]
+    notes = [*_cache_notes(policy, first, rules, word), *_device_notes(requested, placement)]
     wanted = requested.get("io", {}).get("host_pool_bytes")
     if wanted is not None and budget_bytes is not None and wanted != budget_bytes:
         notes.append(
             f"io.host_pool_bytes: {budget_bytes or 'no limit'} (requested {wanted}: set when the model is opened)"
         )
     if iobinding is not None and policy.io.enable_iobinding != iobinding:
-        reason = (
-            "set when the model is opened" if iobinding or not first.io.enable_iobinding else "the graph's sizes grow"
-        )
-        notes.append(
-            f"io.enable_iobinding: {str(iobinding).lower()} (requested {str(not iobinding).lower()}: {reason})"
-        )
+        in_force, asked = str(iobinding).lower(), str(not iobinding).lower()
+        notes.append(f"io.enable_iobinding: {in_force} (requested {asked}: set when the model is opened)")
     effective = {
         "kv": None if rules is None else _shown(rules),
         "io": {"host_pool_bytes": budget_bytes or None, "enable_iobinding": iobinding},
-        "scheduler": {"prefill_device": "cpu", "decode_device": "cpu"},
+        "scheduler": {
+            "mode": None if placement is None else placement.mode,
+            "prefill_device": "cpu" if placement is None else placement.prefill.device.word,
+            "decode_device": "cpu" if placement is None else placement.decode.device.word,
+        },
         "quality": {"max_delta_ppl": policy.resolve().max_delta_ppl},
     }
     return EffectivePolicy(version.version, version.reason, requested, effective, tuple(notes))
@@ -126,9 +130,12 @@ def _cache_notes(policy: Policy, first: Policy, rules: CacheRules | None, word: 
     return notes
 
 
-def _device_notes(requested: Mapping[str, Any]) -> list[str]:
-    notes = []
-    for name, value in requested.get("scheduler", {}).items():
-        if name.endswith("_device") and value not in ("cpu", "auto"):
-            notes.append(f"scheduler.{name}: cpu (requested {value}: this session runs on the CPU provider)")
-    return notes
+def _device_notes(requested: Mapping[str, Any], placement: Placement | None) -> list[str]:
+    if placement is not None:
+        choices = (("prefill_device", placement.prefill), ("decode_device", placement.decode))
+        return [f"scheduler.{name}: {choice.describe()}" for name, choice in choices if choice.reason]
+    return [
+        f"scheduler.{name}: cpu (requested {value}: this session runs on the CPU provider)"
+        for name, value in requested.get("scheduler", {}).items()
+        if value not in ("cpu", "auto", "hybrid")
+    ]

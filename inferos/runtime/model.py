@@ -16,6 +16,7 @@ from typing import Any, Self, TypeVar, Unpack, overload
 import numpy as np
 
 from inferos.config import Policy, check_kv, load_policy, parse_size
+from inferos.devices.placement import Placement, asked_for
 from inferos.errors import ClosedError, ConfigError, ContextError, ModelError
 from inferos.kv import ArenaStats
 from inferos.kv.policy import PolicyStore, PolicyVersion
@@ -241,6 +242,7 @@ class Model:
             word=self._word,
             budget_bytes=None if arena is None else arena.stats().budget_bytes,
             iobinding=getattr(self.session, "iobinding", None),
+            placement=self.placement,
         )
 
     @property
@@ -248,6 +250,37 @@ class Model:
         """Bytes of KV that all sequences hold, now and at most so far; None where ONNX Runtime keeps the cache."""
         arena: Any = getattr(self.session, "arena", None)
         return None if arena is None else arena.stats()
+
+    @property
+    def placement(self) -> Placement | None:
+        """The devices that prefill and decode, and why; None where the session runs on the processor only."""
+        placer = getattr(self.session, "placer", None)
+        return None if placer is None else placer.placement
+
+    def place(self, *, prefill: str | None = None, decode: str | None = None, reason: str = "placed") -> int:
+        """Move prefill or decode to another device, from the next step on; the new policy's number.
+
+        The same as setting `scheduler.mode` hybrid and its devices in the policy. Sequences that are open go on with
+        the caches they have.
+
+        Parameters
+        ----------
+        prefill, decode : str, optional
+            cpu, gpu, dml, npu or auto; one that is not given stays.
+        reason : str
+            For the history.
+
+        Raises
+        ------
+        ConfigError
+            If a word is unknown.
+        """
+        changes = {"mode": "hybrid"}
+        _, *words = asked_for(self.policy)
+        for name, word, now in (("prefill_device", prefill, words[0]), ("decode_device", decode, words[1])):
+            wanted = now if word is None else word
+            changes[name] = "dml" if wanted == "gpu" else wanted
+        return self.set_policy({"scheduler": changes}, reason)
 
     def watch_quality(self, source: Callable[[], float | None]) -> None:
         """Let mode dynamic follow a measured quality: `source` gives the newest delta PPL, or None.
@@ -477,6 +510,9 @@ class Model:
         if not isinstance(self.session, FollowsRules):
             return
         rules = CacheRules.of(policy, len(self.session.layout.layers), self._word)
+        placer = getattr(self.session, "placer", None)
+        if placer is not None:
+            placer.follow(policy)
         # What may change again is reviewed: an open cache of a fixed format could not follow.
         self.session.rules = replace(rules, kv="auto") if self._word == "auto" else rules
 

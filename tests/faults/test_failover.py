@@ -14,7 +14,7 @@ from fakes import PassingEngine
 from models import Tiny, tiny_folder, token_ids
 from test_step_faults import CutModel
 
-from inferos.errors import ProviderError
+from inferos.errors import BudgetError, ClosedError, ProviderError
 from inferos.kv import Arena
 from inferos.runtime._compressed import CompressedSession
 from inferos.runtime._ort import ORT_ERRORS
@@ -168,11 +168,13 @@ def let_go_after(engines: Sequence[FaultyEngine]) -> Iterator[None]:
             engine.let_go.set()
 
 
-def stream(session: CompressedSession, *, after_token: Any = lambda _count: None) -> list[tuple[int, float]]:
-    """A sampled text: a token that was fed or drawn twice would change all that follow."""
-    model = Model(session, prefill_chunk=CHUNK)
+def stream(session: CompressedSession, role: str, *, after_token: Any = lambda _count: None) -> list[tuple[int, float]]:
+    """A sampled text of `STEPS` steps of a role: a token that was fed or drawn twice would change all that follow."""
+    chunk, tokens = (CHUNK, 9) if role == "prefill" else (len(PROMPT), STEPS + 1)
+    session.prefill_chunk = chunk
+    model = Model(session, prefill_chunk=chunk)
     found = []
-    for token in model.generate(PROMPT, STEPS + 1, temperature=0.9, seed=7, ignore_eos=True):
+    for token in model.generate(PROMPT, tokens, temperature=0.9, seed=7, ignore_eos=True):
         found.append((token.id, token.logprob))
         after_token(len(found))
     return found
@@ -191,7 +193,7 @@ def check_fault(bench: Bench, kv: str, role: str, how: str, when: str, k: int, t
                 engine.let_go.set()
 
     with let_go_after(engines):
-        assert stream(session, after_token=late) == wanted, f"{kv}, {role}, {how} {when}, run {k}"
+        assert stream(session, role, after_token=late) == wanted, f"{kv}, {role}, {how} {when}, run {k}"
     # Every chunk or token once, and the failed one once more for each engine that failed it.
     shape = (1, CHUNK if role == "prefill" else 1)
     assert [len(engine.runs) for engine in engines] == expected_runs(k, times)
@@ -229,6 +231,169 @@ def test_a_fault_in_any_step_leaves_the_stream_as_it_is(
     bench: Bench, role: str, how: str, times: int, when: str
 ) -> None:
     for kv in ("int8", "auto") if when == WHEN[1] else ("int8",):
-        wanted = stream(bench.undisturbed(kv))
+        wanted = stream(bench.undisturbed(kv), role)
         for k in PLACES:
             check_fault(bench, kv, role, how, when, k, times, wanted)
+
+
+@pytest.mark.parametrize("when", [WHEN[0], WHEN[2]])  # CutModel holds one row
+@pytest.mark.parametrize("how", ["throws", "hangs"])
+def test_rows_of_a_batch_fail_over_together(bench: Bench, how: str, when: str) -> None:
+    engines = bench.faulty(3, how, when, 2)
+    session = bench.session("int8", Routes(bench.runners[:1], engines), wait=wait_for(engines))
+    plain = bench.undisturbed("int8")
+    rows, alone = [session.sequence() for _ in range(3)], [plain.sequence() for _ in range(3)]
+    with let_go_after(engines):
+        for place, (row, single) in enumerate(zip(rows, alone, strict=True)):
+            row.feed(PROMPT[: 80 * place + 7])
+            single.feed(PROMPT[: 80 * place + 7])
+        for step in range(70):
+            ids = PROMPT[[step, step + 1, step + 2]]
+            np.testing.assert_array_equal(session.step(rows, ids), plain.step(alone, ids), err_msg=f"step {step}")
+            if step == 4:
+                for engine in engines:
+                    engine.let_go.set()
+    assert [row.length for row in rows] == [77, 157, 237]
+    assert session.failover.manager.failover_count == 2
+
+
+def hung(bench: Bench) -> tuple[CompressedSession, list[FaultyEngine]]:
+    """A session whose first engine hangs in a run of a token, and has been left for it."""
+    engines = bench.faulty(1, "hangs", WHEN[0], 1)
+    session = bench.session("int8", Routes(bench.runners[:1], engines[:2]), wait=wait_for(engines))
+    session.sequence().feed(PROMPT[:1])
+    return session, engines
+
+
+def test_an_engine_that_hangs_is_not_used_before_it_is_back_and_its_time_has_come(bench: Bench) -> None:
+    bench.clock.now = 0.0
+    session, engines = hung(bench)
+    with let_go_after(engines):
+        sequence = session.sequence()
+
+        def runs_after(seconds: float) -> int:
+            bench.clock.now = seconds
+            sequence.feed(PROMPT[:1])
+            return len(engines[0].runs)
+
+        assert runs_after(2.9) == 1
+        assert runs_after(1000.0) == 1  # its time has come, but the run is not back
+        engines[0].let_go.set()
+        assert engines[0].late.wait(60)
+        while len(engines[0].runs) == 1:  # the worker has a few instructions to go
+            runs_after(1000.0)
+    assert [state.reason for state in session.failover.manager.health.states(engines)] == [None] * 3
+
+
+@pytest.mark.parametrize(("device", "seconds"), [("npu", 300.0), ("dml", 300.0), ("cpu", 5.0)])
+def test_an_engine_is_tried_again_when_its_device_is_due(bench: Bench, device: str, seconds: float) -> None:
+    bench.clock.now = 0.0
+    engines = bench.faulty(1, "throws", WHEN[0], 1)
+    engines[0].device = device
+    session = bench.session("int8", Routes(bench.runners[:1], engines))
+    sequence = session.sequence()
+    for now in (0.0, seconds - 0.1, seconds, seconds):
+        bench.clock.now = now
+        sequence.feed(PROMPT[:1])
+    assert [len(engine.runs) for engine in engines] == [3, 2, 0]
+    assert session.failover.manager.failover_count == 1
+
+
+def test_a_step_that_no_engine_does_fails_and_none_is_blamed(bench: Bench) -> None:
+    engines = [FaultyEngine(runner, "engine", 1, "throws", WHEN[2], bench.cut) for runner in bench.runners]
+    session = bench.session("int8", Routes(bench.runners[:1], engines))
+    plain = bench.undisturbed("int8").sequence()
+    sequence = session.sequence()
+    for each in (sequence, plain):
+        each.feed(PROMPT[:100])
+    with pytest.raises(ProviderError, match="the fake failed"):
+        sequence.feed(PROMPT[:1])
+    assert sequence.length == 100
+    manager = session.failover.manager
+    assert manager.failovers == ()
+    assert {state.reason for state in manager.health.states(engines)} == {None}
+    np.testing.assert_array_equal(sequence.feed(PROMPT[:1]), plain.feed(PROMPT[:1]))
+    assert [len(engine.runs) for engine in engines] == [2, 1, 1]
+
+
+def test_an_engine_that_waits_is_better_than_none(bench: Bench) -> None:
+    engines = bench.faulty(1, "throws", WHEN[0], 1)[:2]
+    session = bench.session("int8", Routes(bench.runners[:1], engines))
+    sequence = session.sequence()
+    sequence.feed(PROMPT[:1])
+    engines[1].left = 1  # the one that took over throws next; the first one is not due yet
+    sequence.feed(PROMPT[:1])
+    assert [len(engine.runs) for engine in engines] == [2, 2]
+    assert sequence.length == 2
+
+
+def test_an_error_of_the_cache_is_no_reason_to_fail_over(bench: Bench) -> None:
+    engines = bench.faulty(0, "throws", WHEN[0], 0)
+    session = bench.session("int8", Routes(engines), budget_bytes=128 << 10)
+    sequence = session.sequence()
+    with pytest.raises(BudgetError):
+        while True:
+            sequence.feed(PROMPT[:CHUNK])
+    assert [len(engine.runs) > 0 for engine in engines] == [True, False, False]
+
+
+def test_a_sequence_that_is_closed_while_an_engine_hangs_ends_there(bench: Bench) -> None:
+    engines = bench.faulty(1, "hangs", WHEN[0], 1)
+    waits = wait_for(engines)
+
+    def wait(done: Waitable) -> bool:
+        back = waits(done)
+        sequence.close()
+        return back
+
+    session = bench.session("int8", Routes(bench.runners[:1], engines), wait=wait)
+    sequence = session.sequence()
+    with let_go_after(engines), pytest.raises(ClosedError):
+        sequence.feed(PROMPT[:1])
+    assert session.failover.manager.health.states(engines)[0].reason is FallbackReason.TIMEOUT
+
+
+def test_waiting_that_is_interrupted_leaves_the_sequence_usable(bench: Bench) -> None:
+    engines = bench.faulty(1, "hangs", WHEN[1], 1)
+    interrupted = False
+
+    def wait(done: Waitable) -> bool:
+        nonlocal interrupted
+        if not interrupted:
+            interrupted = True
+            assert engines[0].hangs.wait(60)
+            raise KeyboardInterrupt
+        return done.acquire()
+
+    session = bench.session("int8", Routes(bench.runners[:1], engines), wait=wait)
+    plain, sequence = bench.undisturbed("int8").sequence(), session.sequence()
+    for each in (sequence, plain):
+        each.feed(PROMPT[:100])
+    with let_go_after(engines):
+        with pytest.raises(KeyboardInterrupt):
+            sequence.feed(PROMPT[:1])
+        assert engines[0].options.terminate is True
+        engines[0].let_go.set()  # before the next step: nothing may be left of it
+        assert engines[0].late.wait(60)
+        assert "handle" in str(engines[0].late_error)
+        np.testing.assert_array_equal(sequence.feed(PROMPT[:1]), plain.feed(PROMPT[:1]))
+
+
+def test_steps_run_on_the_callers_thread_unless_they_have_a_deadline(bench: Bench) -> None:
+    class Threads(PassingEngine):
+        def run(self, feeds: Mapping[str, Any], *, run_options: Any = None) -> Any:
+            seen.append((threading.current_thread(), run_options))
+            return super().run(feeds, run_options=run_options)
+
+    seen: list[Any] = []
+    engines: list[Engine] = [Threads(runner) for runner in bench.runners[:2]]
+    waits = wait_for([])
+    for routes, wait in ((Routes(engines), None), (Routes(engines[:1]), waits), (Routes(engines), waits)):
+        sequence = bench.session("int8", routes, wait=wait).sequence()
+        for _ in range(3):
+            sequence.feed(PROMPT[:1])
+    here = (threading.current_thread(), None)
+    assert seen[:6] == [here] * 6
+    workers = {thread for thread, _ in seen[6:]}
+    assert len(workers) == 1  # one that stays
+    assert threading.current_thread() not in workers

@@ -170,3 +170,25 @@ def test_many_allocations_leave_nothing_behind():
     live.clear()
     assert memory.stats()["live_blocks"] == 0
     assert drift < 1 << 20
+
+
+def test_a_changed_budget_holds_from_then_on_and_is_never_below_what_is_reserved():
+    memory = arena()
+    blocks = [_core.ArenaBlock(memory, 4096) for _ in range(100)]
+    reserved = memory.stats()["reserved_bytes"]
+    assert memory.set_budget(1) == reserved == memory.stats()["budget_bytes"]
+    with pytest.raises(errors.BudgetError):
+        while True:
+            blocks.append(_core.ArenaBlock(memory, 4096))
+    assert memory.stats()["reserved_bytes"] == reserved
+    for block in blocks:
+        block.release()
+    assert memory.stats()["reserved_bytes"] > 0  # one empty slab is kept ...
+    assert memory.set_budget(1) == SLAB
+    assert memory.stats()["reserved_bytes"] == 0  # ... and goes back here
+    assert memory.set_budget(0) == 0
+    kept = [_core.ArenaBlock(memory, 4096) for _ in range(200)]
+    assert memory.stats()["reserved_bytes"] > reserved
+    assert len(kept) == 200
+    with pytest.raises(errors.ConfigError, match="budget_bytes"):
+        memory.set_budget(-1)

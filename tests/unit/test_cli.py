@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from devices import DML, WEBGPU, probe
 from typer.testing import CliRunner, Result
 
 import inferos
@@ -327,7 +328,9 @@ BAD_USAGE = {
     "half of the bits": (["run", "reference", "x", "--kv-v", "4"], "without --kv-k"),
     "contradiction": (["run", "reference", "x", "--kv", "int8", "--optimization", "none"], "contradict"),
     "unknown switch": (["run", "reference", "x", "--kv-quantization", "on"], "'on' is not one of enabled, disabled"),
-    "no such device": (["run", "reference", "x", "--device", "npu"], "'npu' is not available"),
+    "no such device": (["run", "reference", "x", "--device", "tpu"], "'tpu' is not one of auto, cpu, gpu, npu"),
+    "no such mode": (["chat", "reference", "--mode", "dml"], "'dml' is not one of hybrid, gpu_only, npu_only, auto"),
+    "two devices": (["eval", "reference", "--mode", "gpu_only", "--device", "cpu"], "contradict each other"),
     "no size": (["run", "reference", "x", "--memory-limit", "lots"], "'lots' is not a size"),
     "small size": (["chat", "reference", "--memory-limit", "1MiB"], "at least 16MiB"),
     "no tokens": (["run", "reference", "x", "--max-tokens", "0"], "0 is not at least 1"),
@@ -409,6 +412,60 @@ def test_doctor_says_what_it_found_and_what_it_would_use() -> None:
     assert "CPUExecutionProvider" in report["providers"]
     assert report["would_use"]["kv"]["value"] == "int8"
     assert all(check["ok"] for check in report["checks"])
+
+
+def test_doctor_lists_every_device_with_what_it_can_do_and_who_keeps_the_cache() -> None:
+    report = json.loads(call("doctor", "--json", "-").stdout)
+    cpu = next(row for row in report["devices"] if row["provider"] == "CPUExecutionProvider")
+    assert (cpu["device"], cpu["type"], cpu["kv_owner"], cpu["compressed"]) == ("cpu", "CPU", "inferos", "fully")
+    assert cpu["capabilities"]["int4_quantization"] is True
+    assert cpu["suggested_policy"] is None
+    assert report["device_words"]["npu"].startswith("cpu (requested npu: ")
+
+
+@pytest.mark.parametrize("option", [("--mode", "npu_only"), ("--device", "npu")])
+def test_a_device_that_is_absent_gives_the_one_in_force_with_its_reason(
+    option: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("inferos.devices.manager.OrtProbe", probe)
+    result = call("run", "reference", "It", "--max-tokens", "2", *option, "--json", "-")
+    assert result.exit_code == 0, result.output
+    note = "scheduler.decode_device: cpu (requested npu: no NPU is here; no GPU is here)"
+    assert note in result.stderr
+    scheduler = json.loads(result.stdout)["policy"]["effective"]["scheduler"]
+    assert scheduler == {"mode": "npu_only", "prefill_device": "cpu", "decode_device": "cpu"}
+
+
+def test_a_dry_run_shows_the_devices_that_would_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inferos.devices.manager.OrtProbe", lambda: probe(DML))
+    plan = json.loads(call("run", "reference", "x", "--hybrid-mode", "--dry-run", "--json", "-").stdout)
+    assert (plan["scheduler_mode"], plan["prefill_device"]) == ("hybrid", "dml")
+    assert plan["decode_device"] == "dml (requested npu: no NPU is here)"
+    plan = json.loads(call("run", "reference", "x", "--device", "auto", "--dry-run", "--json", "-").stdout)
+    assert plan["decode_device"] == "auto (measured when the model is loaded: cpu, dml-gpu)"
+    monkeypatch.setattr("inferos.devices.manager.OrtProbe", lambda: probe(WEBGPU))
+    off = call("run", "reference", "x", "--optimization", "none", "--device", "gpu", "--dry-run", "--json", "-")
+    plan = json.loads(off.stdout)
+    assert (plan["device"], plan["provider_kv_bits"]) == ("cpu", 8)
+    assert "kv=off" in plan["device_reason"]
+
+
+def test_run_with_test_checks_first_and_then_writes_eight_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = call("run", "reference", "--test", "--json", "-")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["schema"] == "inferos.test/1"
+    assert [check["name"] for check in report["checks"]] == ["native library", "onnxruntime", "reference model"]
+    assert (report["tokens"], report["placement"]["decode"]["device"]) == (8, "cpu")
+
+    def broken() -> Path:
+        raise ConfigError("the cache folder cannot be written")
+
+    monkeypatch.setattr("inferos.runtime.reference.reference_folder", broken)
+    failed = call("run", "reference", "--test", "--json", "-")
+    assert failed.exit_code == 1
+    assert "FAILED  reference model" in failed.stderr
+    assert "text" not in json.loads(failed.stdout)
 
 
 def test_doctor_reports_what_fails_and_exits_with_1(monkeypatch: pytest.MonkeyPatch) -> None:

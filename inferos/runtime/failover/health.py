@@ -142,6 +142,10 @@ class EngineHealth:
                 backoff.reset()
             return True
 
+    def is_well(self, engine: Named) -> bool:
+        """Whether it was not left, or has succeeded since."""
+        return self.states([engine])[0].reason is None
+
     def retry_now(self, device: str) -> None:
         """Engines of a device are due: something was done about it."""
         with self._lock:

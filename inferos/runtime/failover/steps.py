@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy.typing as npt
 import onnxruntime as ort
 
-from inferos.errors import ProviderError, ProviderLost
-from inferos.runtime._ort import ORT_ERRORS
+from inferos.runtime.failover.attempts import first_that_works
 from inferos.runtime.failover.manager import RobustFallbackManager
-from inferos.runtime.failover.reasons import FallbackReason
-from inferos.runtime.failover.workers import StepTimeoutError, Wait, Workers
+from inferos.runtime.failover.workers import Wait, Workers
 from inferos.runtime.protocols import Engine
 
 __all__ = ["Step", "StepFailover"]
 
-_log = logging.getLogger(__name__)
 _Logits = npt.NDArray[Any]
 
 
 class Step(Protocol):
-    """One step of one or several sequences, which can be run again as long as nothing was committed."""
+    """One step of one or several sequences. Run again, it drops what an earlier run left open: nothing is committed."""
 
     def feeds(self, engine: Engine) -> dict[str, npt.NDArray[Any]]:
         """What the engine is to be fed now."""
         ...
 
-    def failed(self, error: Exception) -> Exception:
-        """Roll back all rows; the typed error. A ProviderError may go away on another engine."""
+    def typed(self, error: Exception) -> Exception:
+        """What a run raised, as it is to be told. A ProviderError may go away on another engine."""
         ...
 
     def forsaken(self) -> None:
@@ -55,40 +51,19 @@ class StepFailover:
         self._workers = Workers()
 
     def run(self, engines: Sequence[Engine], step: Step) -> _Logits:
-        """Logits of the step.
+        """Logits (rows, tokens, vocab_size) of the step.
 
         Raises
         ------
         ProviderError
-            If no engine did it. Then the step is to blame: those that raised are not left for it.
+            If no engine did it.
         InferosError
             What failed inside the cache; no engine can do better.
         """
         order = self.manager.health.order(engines)
-        left: list[tuple[Engine, StepTimeoutError | None]] = []
-        last: Exception = ProviderLost("every engine hangs")
-        try:
-            for place, engine in enumerate(order, 1):
-                try:
-                    logits = self._attempt(engine, step, alone=place == len(order))
-                except StepTimeoutError as timeout:
-                    left.append((engine, timeout))
-                    last = timeout
-                except ORT_ERRORS as error:
-                    last = step.failed(error)
-                    if not isinstance(last, ProviderError):
-                        raise last from error
-                    left.append((engine, None))
-                else:
-                    self._settle(left, engine)
-                    left = []
-                    return logits
-                _log.warning("engine %s: %s", engine.name, type(last).__name__)
-            raise last
-        finally:
-            for engine, hung in left:  # nobody took over
-                if hung is not None:
-                    self.manager.health.left(engine, FallbackReason.TIMEOUT, returned=hung.returned)
+        return first_that_works(
+            self.manager, order, lambda engine, alone: self._attempt(engine, step, alone=alone), step.typed
+        )
 
     def _attempt(self, engine: Engine, step: Step, *, alone: bool) -> _Logits:
         feeds = step.feeds(engine)  # here: a thread that starts late must not find the handles of the next attempt
@@ -102,10 +77,3 @@ class StepFailover:
 
         logits: _Logits = self._workers.run(lambda: engine.run(feeds, run_options=options), self._wait, forsake)
         return logits
-
-    def _settle(self, left: list[tuple[Engine, StepTimeoutError | None]], taken: Engine) -> None:
-        for engine, hung in left:
-            reason = FallbackReason.DEVICE_ERROR if hung is None else FallbackReason.TIMEOUT
-            self.manager.failed_over(engine, taken, reason, None if hung is None else hung.returned)
-        if self.manager.health.succeeded(taken):
-            _log.info("engine %s works again", taken.name)

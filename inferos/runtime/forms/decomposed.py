@@ -18,7 +18,7 @@ from inferos.runtime.forms.evaluate import Array, Case, Unknown, Value
 from inferos.runtime.forms.graph import GraphIndex, attributes, node_name, tensor_shape
 from inferos.runtime.forms.measure import Sizes, case_of, measure_window, verify
 
-__all__ = ["Decomposed", "Joint", "joint_behind", "kept_past"]
+__all__ = ["Decomposed", "Joint", "joint_behind", "kept_past", "presents_of"]
 
 _PRODUCTS = frozenset({"FusedMatMul", "MatMul"})
 # Between the product of query and key and the Softmax.
@@ -226,14 +226,15 @@ def _scale(runner: _Runner, sizes: Sizes) -> tuple[float, float]:
     return scale, cap
 
 
-def _presents(index: GraphIndex, piece: _Piece) -> tuple[str, str]:
+def presents_of(index: GraphIndex, joints: tuple[Joint, Joint]) -> tuple[str, str]:
+    """The graph's outputs that hold past and new keys, and values; refused where there is none or the axis is another."""
     names = []
-    for joint in (piece.key, piece.value):
-        outputs = [joint.joined] + [
-            index.nodes[at].output[0]
-            for at in index.readers.get(joint.joined, [])
-            if index.nodes[at].op_type in ("Cast", "Identity")
-        ]
+    for joint in joints:
+        axis = attributes(joint.node).get("axis")
+        if axis not in (-2, 2):
+            raise UnsupportedError(f"{joint.joined!r} joins past and new tokens along axis {axis}")
+        readers = [index.nodes[at] for at in index.readers.get(joint.joined, [])]
+        outputs = [joint.joined, *(node.output[0] for node in readers if node.op_type in ("Cast", "Identity"))]
         name = next((name for name in outputs if name in index.outputs), "")
         if not name:
             raise UnsupportedError(f"{joint.joined!r}, past and new tokens together, is not an output of the graph")
@@ -251,16 +252,11 @@ def _read(index: GraphIndex, piece: _Piece, name: str, head_dim: int | None) -> 
 
 
 def _measured(index: GraphIndex, piece: _Piece, name: str, head_dim: int | None) -> AttentionNode:
-    for joint in (piece.key, piece.value):
-        if attributes(joint.node).get("axis") not in (-2, 2):
-            raise UnsupportedError(
-                f"{joint.joined!r} joins past and new tokens along axis {attributes(joint.node).get('axis')}"
-            )
     kind = index.element_type(piece.key.past)
     if kind not in DTYPES or index.element_type(piece.value.past) != kind:
         raise UnsupportedError(f"its past {piece.key.past!r} is neither FLOAT nor FLOAT16")
     runner = _Runner(index, piece, np.dtype(DTYPES[kind]))
-    presents = _presents(index, piece)
+    presents = presents_of(index, (piece.key, piece.value))
     sizes = _sizes(index, piece, runner, head_dim)
     scale, softcap = _scale(runner, sizes)
     pasts = (piece.key.past, piece.value.past)

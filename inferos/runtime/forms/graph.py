@@ -59,10 +59,14 @@ class GraphIndex:
         Position of the node that computes a tensor.
     readers : dict of str to list of int
         Positions of the nodes that read it.
+    sessions, cases : dict
+        What evaluations of this graph keep for each other.
     """
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.model = model
+        self.sessions: dict[tuple[int | None, ...], Any] = {}
+        self.cases: dict[tuple[int | bool, ...], Any] = {}
         graph = model.graph
         self.nodes = list(graph.node)
         self.constants: dict[str, TensorProto] = {tensor.name: tensor for tensor in graph.initializer}

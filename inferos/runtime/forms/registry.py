@@ -5,16 +5,23 @@ from __future__ import annotations
 import onnx
 
 from inferos.errors import ModelError, UnsupportedError
-from inferos.runtime.forms.base import OUR_OP, AttentionNode, Form
+from inferos.runtime.forms.attention_onnx import OnnxAttention
+from inferos.runtime.forms.base import OUR_DOMAIN, OUR_OP, AttentionNode, Form
 from inferos.runtime.forms.compressed import Compressed
 from inferos.runtime.forms.decomposed import Decomposed
 from inferos.runtime.forms.gqa import GroupQueryAttention
 from inferos.runtime.forms.graph import GraphIndex, node_name, subgraphs, uses
+from inferos.runtime.forms.mha import MultiHeadAttention
 
 __all__ = ["FORMS", "attention_nodes"]
 
-FORMS: tuple[Form, ...] = (GroupQueryAttention(), Decomposed(), Compressed())
+FORMS: tuple[Form, ...] = (GroupQueryAttention(), MultiHeadAttention(), OnnxAttention(), Decomposed(), Compressed())
 
+# Forms that are a node of their own.
+_NODES = frozenset({
+    ("", "Attention"), ("ai.onnx", "Attention"), ("com.microsoft", "GroupQueryAttention"),
+    ("com.microsoft", "MultiHeadAttention"), (OUR_DOMAIN, OUR_OP),
+})  # fmt: skip
 _STANDARD_DOMAINS = ("", "ai.onnx", "com.microsoft")
 # Attention we know by name and do not rewrite.
 _OTHER_ATTENTION = frozenset({
@@ -24,7 +31,6 @@ _OTHER_ATTENTION = frozenset({
     "DecoderMaskedSelfAttention",
     "LinearAttention",
     "LongformerAttention",
-    "MultiHeadAttention",
     "PackedAttention",
     "PackedMultiHeadAttention",
     "PagedAttention",
@@ -65,7 +71,7 @@ def _known() -> str:
 
 
 def _refuse_other_attention(node: onnx.NodeProto, *, nested: bool) -> None:
-    known = node.op_type in {form.name for form in FORMS}
+    known = (node.domain, node.op_type) in _NODES
     if node.domain in _STANDARD_DOMAINS and node.op_type in _OTHER_ATTENTION and not known:
         raise UnsupportedError(f"node {node.name!r}: {node.op_type} is not rewritten")
     if nested and known:
