@@ -107,7 +107,7 @@ def test_the_policy_switches_it(folder: Path) -> None:
         session = open_by_policy(folder, "int8", policy, threads=1)
         assert isinstance(session, CompressedSession)
         engine: Any = session.routes.decode[0]
-        assert engine._engine.opened().bound == wanted
+        assert engine.bound == wanted
         assert session.iobinding == wanted
 
 
