@@ -98,6 +98,7 @@ def _answer(loaded: Model, text: str, model: str, options: _generation.Answering
             "policy": _generation.policy_in_force(loaded),
             "text": generation.text,
             **numbers,
+            "kv_pool": _generation.pool(loaded),
         },
     )
 
@@ -127,6 +128,7 @@ def _answers(
             "batch_size": size,
             "tokens_per_s": speed,
             "rows": rows,
+            "kv_pool": _generation.pool(loaded),
         },
     )
     failed = sum(row["error"] is not None for row in rows)

@@ -49,7 +49,6 @@ class CompressedSession:
         arena: Arena,
         threads: int,
         prefill_chunk: int,
-        iobinding: bool = True,
         routes: Routes | None = None,
         failover: StepFailover | None = None,
     ) -> None:
@@ -59,8 +58,9 @@ class CompressedSession:
         self.rules = rules
         self.measured_delta_ppl: QualitySource = lambda: None
         self.placer: Placer | None = None
+        self.iobinding = True  # whether its engines bind the arrays of a decode step
         self.sequence().close()  # wrong options show here, before the weights are read
-        self.routes = Routes([open_runner(layout, threads=threads, iobinding=iobinding)]) if routes is None else routes
+        self.routes = Routes([open_runner(layout, threads=threads)]) if routes is None else routes
         self.failover = StepFailover(RobustFallbackManager()) if failover is None else failover
 
     @property

@@ -49,6 +49,7 @@ def describe_policy(
     *,
     word: str,
     budget_bytes: int | None,
+    iobinding: bool | None = None,
     placement: Placement | None = None,
 ) -> EffectivePolicy:
     """Compare a policy with what a session does.
@@ -65,6 +66,8 @@ def describe_policy(
         The `--kv` word of the model.
     budget_bytes : int, optional
         Of the arena, 0 = no limit; None where there is no arena.
+    iobinding : bool, optional
+        Whether the session binds a step's arrays; None where that is not known.
     placement : Placement, optional
         The devices in force; None where the session runs on the processor and nowhere else.
     """
@@ -76,9 +79,12 @@ def describe_policy(
         notes.append(
             f"io.host_pool_bytes: {budget_bytes or 'no limit'} (requested {wanted}: set when the model is opened)"
         )
+    if iobinding is not None and policy.io.enable_iobinding != iobinding:
+        in_force, asked = str(iobinding).lower(), str(not iobinding).lower()
+        notes.append(f"io.enable_iobinding: {in_force} (requested {asked}: set when the model is opened)")
     effective = {
         "kv": None if rules is None else _shown(rules),
-        "io": {"host_pool_bytes": budget_bytes or None},
+        "io": {"host_pool_bytes": budget_bytes or None, "enable_iobinding": iobinding},
         "scheduler": {
             "mode": None if placement is None else placement.mode,
             "prefill_device": "cpu" if placement is None else placement.prefill.device.word,

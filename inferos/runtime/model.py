@@ -18,6 +18,7 @@ import numpy as np
 from inferos.config import Policy, check_kv, load_policy, parse_size
 from inferos.devices.placement import Placement, asked_for
 from inferos.errors import ClosedError, ConfigError, ContextError, ModelError
+from inferos.kv import ArenaStats
 from inferos.kv.policy import PolicyStore, PolicyVersion
 from inferos.runtime.batch import MAX_ROWS, Batch, BatchDecoder
 from inferos.runtime.cache_rules import CacheRules
@@ -255,8 +256,15 @@ class Model:
             getattr(self.session, "rules", None),
             word=self._word,
             budget_bytes=None if arena is None else arena.stats().budget_bytes,
+            iobinding=getattr(self.session, "iobinding", None),
             placement=self.placement,
         )
+
+    @property
+    def kv_pool(self) -> ArenaStats | None:
+        """Bytes of KV that all sequences hold, now and at most so far; None where ONNX Runtime keeps the cache."""
+        arena: Any = getattr(self.session, "arena", None)
+        return None if arena is None else arena.stats()
 
     @property
     def placement(self) -> Placement | None:

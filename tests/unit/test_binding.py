@@ -108,6 +108,7 @@ def test_the_policy_switches_it(folder: Path) -> None:
         assert isinstance(session, CompressedSession)
         engine: Any = session.routes.decode[0]
         assert engine.bound == wanted
+        assert session.iobinding == wanted
 
 
 def benchmark(name: str) -> Any:
