@@ -14,7 +14,7 @@ from fakes import PassingEngine
 from models import Tiny, tiny_folder, token_ids
 from test_step_faults import CutModel
 
-from inferos.errors import BudgetError, ClosedError, ProviderError
+from inferos.errors import BudgetError, ClosedError, ModelError, ProviderError
 from inferos.kv import Arena
 from inferos.runtime._compressed import CompressedSession
 from inferos.runtime._ort import ORT_ERRORS
@@ -135,7 +135,7 @@ class Bench:
         ]
 
     def healthy(self) -> list[PassingEngine]:
-        return [PassingEngine(runner) for runner in self.runners]
+        return [PassingEngine(runner) for runner in self.runners]  # all of one name, for routes that fail in one role
 
 
 @pytest.fixture(scope="module")
@@ -300,7 +300,7 @@ def test_an_engine_is_tried_again_when_its_device_is_due(bench: Bench, device: s
 
 
 def test_a_step_that_no_engine_does_fails_and_none_is_blamed(bench: Bench) -> None:
-    engines = [FaultyEngine(runner, "engine", 1, "throws", WHEN[2], bench.cut) for runner in bench.runners]
+    engines = bench.faulty(1, "throws", WHEN[2], 3)
     session = bench.session("int8", Routes(bench.runners[:1], engines))
     plain = bench.undisturbed("int8").sequence()
     sequence = session.sequence()
@@ -314,6 +314,35 @@ def test_a_step_that_no_engine_does_fails_and_none_is_blamed(bench: Bench) -> No
     assert {state.reason for state in manager.health.states(engines)} == {None}
     np.testing.assert_array_equal(sequence.feed(PROMPT[:1]), plain.feed(PROMPT[:1]))
     assert [len(engine.runs) for engine in engines] == [2, 1, 1]
+
+
+class Unopened(dict[str, Any]):
+    """Input types that are not known before the engine is opened, which fails."""
+
+    def __contains__(self, _name: object) -> bool:
+        raise ModelError("the device refuses the model")
+
+
+def test_an_engine_that_does_not_open_is_left_like_one_that_fails(bench: Bench) -> None:
+    unopened, last = bench.faulty(0, "throws", WHEN[0], 0)[1:]
+    engines = bench.faulty(2, "throws", WHEN[0], 1)[:1]
+    unopened.types = Unopened()
+    session = bench.session("int8", Routes(bench.runners[:1], [*engines, unopened, last]))
+    sequence = session.sequence()
+    for _ in range(3):
+        sequence.feed(PROMPT[:1])
+    assert [len(engine.runs) for engine in (*engines, unopened, last)] == [2, 0, 2]
+    assert [failover.left for failover in session.failover.manager.failovers] == ["engine 0", "engine 1"]
+
+
+def test_a_device_that_fails_in_one_role_is_left_in_the_other(bench: Bench) -> None:
+    decode = bench.faulty(1, "throws", WHEN[0], 1)[:2]
+    prefill = bench.faulty(0, "throws", WHEN[0], 0)[:2]  # other objects of the same names
+    sequence = bench.session("int8", Routes(prefill, decode)).sequence()
+    sequence.feed(PROMPT[:CHUNK])
+    sequence.feed(PROMPT[:1])
+    sequence.feed(PROMPT[:CHUNK])
+    assert [len(engine.runs) for engine in prefill] == [1, 1]
 
 
 def test_an_engine_that_waits_is_better_than_none(bench: Bench) -> None:
