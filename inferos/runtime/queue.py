@@ -172,6 +172,19 @@ class RequestQueue:
         with self._changed:
             return self._decoder.rows
 
+    @property
+    def max_rows(self) -> int:
+        """Requests continued together. May be changed while it runs, such as under memory pressure; those that are in
+        stay till they end.
+        """
+        return self._decoder.max_rows
+
+    @max_rows.setter
+    def max_rows(self, rows: int) -> None:
+        with self._changed:
+            self._decoder.max_rows = rows
+            self._changed.notify_all()
+
     def submit(
         self,
         prompt: Prompt,

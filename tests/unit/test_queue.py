@@ -146,6 +146,21 @@ def test_draining_an_empty_queue_returns_at_once(queue: RequestQueue) -> None:
     queue.drain()
 
 
+def test_fewer_rows_let_no_more_join_than_that(clock: FakeClock) -> None:
+    gate = Gate()
+    with RequestQueue(Model(gate), max_rows=2, clock=clock) as queue:
+        rows = [queue.submit([start, start + 1], 4) for start in (1, 10)]
+        assert gate.inside.wait(30)
+        queue.max_rows = 1
+        rows += [queue.submit([start, start + 1], 3) for start in (20, 30)]
+        gate.open.set()
+        queue.drain()
+        assert [row.tokens for row in rows] == [4, 4, 3, 3]
+        assert gate.steps == [2, 2, 2]
+        with pytest.raises(ConfigError, match="max_rows"):
+            queue.max_rows = 0
+
+
 # ---- in which order ----
 
 
