@@ -140,7 +140,7 @@ def show_plan(request: Request, options: Answering, **more: Any) -> None:
     from inferos.runtime.layout import read_layout
     from inferos.runtime.model import resolve_model
 
-    layout = read_layout(resolve_model(request.model))
+    layout = read_layout(resolve_model(request.model), stock=request.kv.kv == "off")
     settings = {
         "kv": request.kv.kv,
         "kv_requested": request.kv.requested,

@@ -102,6 +102,9 @@ def check_ids(ids: npt.ArrayLike, layout: ModelLayout, length: int) -> Ids:
         If `length` tokens and these are more than the model's context.
     """
     array = np.asarray(ids)
+    one = array.shape == (1,) and array.dtype == np.int64  # a step of decoding: without temporaries
+    if one and length < layout.context_length and 0 <= array.item() < layout.vocab_size:
+        return array
     if array.ndim != 1 or array.size == 0 or not np.issubdtype(array.dtype, np.integer):
         raise ShapeError(f"feed: ids are {array.dtype} of shape {array.shape}; wanted (tokens,) integers, at least one")
     low, high = int(array.min()), int(array.max())

@@ -31,6 +31,7 @@ def open_session(
     rules: CacheRules | None = None,
     policy: Policy | None = None,
     devices: DeviceManager | None = None,
+    iobinding: bool = True,
 ) -> DecoderSession:
     """Open a decoder model, on the CPU unless a policy asks for other devices.
 
@@ -62,6 +63,8 @@ def open_session(
         Its `scheduler` places prefill and decode; the rest is not looked at.
     devices : DeviceManager, optional
         Where devices come from; this machine's unless given.
+    iobinding : bool
+        Whether the arrays of a decode step are bound once and used again.
 
     Returns
     -------
@@ -103,7 +106,9 @@ def open_session(
     from inferos.runtime.placer import Placer
 
     placer = Placer(
-        lambda device: open_runner(layout, threads=threads, device=device), layout.input_ids, manager=devices
+        lambda device: open_runner(layout, threads=threads, device=device, iobinding=iobinding),
+        layout.input_ids,
+        manager=devices,
     )
     session = CompressedSession(
         layout,
@@ -158,4 +163,5 @@ def open_by_policy(
         budget_bytes=policy.io.host_pool_bytes if budget_bytes is None else budget_bytes,
         threads=threads,
         prefill_chunk=prefill_chunk,
+        iobinding=policy.io.enable_iobinding,
     )
