@@ -161,7 +161,8 @@ def _test(request: _generation.Request, prompts: list[str] | None, options: _gen
         raise typer.Exit(1)
     with _generation.load_model(request) as loaded:
         start = prompts[0] if prompts else _TEST_PROMPT
-        generation = loaded.generate(start, **{**options.of_generate(), "max_tokens": _TEST_TOKENS})
+        wanted: dict[str, Any] = {**options.of_generate(), "max_tokens": _TEST_TOKENS}
+        generation = loaded.generate(start, **wanted)
         _generation.stream(generation, options.text_to)
         numbers = _generation.figures(generation)
         typer.echo(_generation.one_line(numbers, loaded.kv), err=True)

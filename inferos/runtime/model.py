@@ -33,7 +33,6 @@ from inferos.runtime.prompts import (
     DEFAULT_MAX_TOKENS,
     GenerateOptions,
     Prompt,
-    PromptInList,
     are_messages,
     are_prompts,
     checked_ids,
@@ -47,7 +46,7 @@ from inferos.runtime.tokenizer import TextTokenizer, read_json
 
 __all__ = ["DEFAULT_MAX_TOKENS", "Model", "Prompt", "load", "resolve_model"]
 
-P = TypeVar("P", bound=PromptInList)
+P = TypeVar("P", bound=Prompt)
 R = TypeVar("R", bound=Run)
 Prepared = tuple[Sampler, Limits, SpeculationGate | None]  # the options of a generation, checked
 
