@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -161,8 +162,7 @@ def _test(request: _generation.Request, prompts: list[str] | None, options: _gen
         raise typer.Exit(1)
     with _generation.load_model(request) as loaded:
         start = prompts[0] if prompts else _TEST_PROMPT
-        wanted: dict[str, Any] = {**options.of_generate(), "max_tokens": _TEST_TOKENS}
-        generation = loaded.generate(start, **wanted)
+        generation = loaded.generate(start, **dataclasses.replace(options, max_tokens=_TEST_TOKENS).of_generate())
         _generation.stream(generation, options.text_to)
         numbers = _generation.figures(generation)
         typer.echo(_generation.one_line(numbers, loaded.kv), err=True)

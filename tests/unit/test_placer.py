@@ -26,8 +26,9 @@ from inferos.devices.placement import asked_for, kv_bits
 from inferos.devices.probe import CPU, Device
 from inferos.errors import ConfigError, ModelError, ProviderError
 from inferos.kv import Arena
+from inferos.runtime import _runner as runner_module
 from inferos.runtime._compressed import CompressedSession
-from inferos.runtime._ort import session_options
+from inferos.runtime._ort import open_ort, session_options
 from inferos.runtime._runner import Runner, _decoder_graph, open_runner
 from inferos.runtime.cache_rules import CacheRules
 from inferos.runtime.layout import ModelLayout, read_layout
@@ -383,6 +384,18 @@ def test_four_bits_are_asked_for_where_everything_may_have_them_and_the_provider
     policy = Policy().update({"kv": {"level_thresholds": levels, "l2_format": "k4v4"}})
     assert kv_bits(policy, webgpu) == 4
     assert kv_bits(policy, webgpu, int4_works=False) == 8
+
+
+def test_arrays_are_bound_once_only_where_the_device_reads_them_at_every_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = read_layout(tiny_folder(tmp_path, TINY))
+    monkeypatch.setattr(
+        runner_module, "open_ort", lambda graph, options, folder, _device: open_ort(graph, options, folder)
+    )
+    gpu, openvino = Device("gpu", "WebGpuExecutionProvider", "gpu"), Device("cpu", "OpenVINOExecutionProvider", "cpu")
+    bound = [open_runner(layout, threads=1, device=device).bound for device in (CPU, openvino, gpu)]
+    assert bound == [True, True, False]
 
 
 # A second provider, where one is installed --------------------------------------------------------------------------
