@@ -19,7 +19,7 @@ _INT64 = TensorProto.INT64
 @dataclass(frozen=True)
 class Exported:
     """What differs between exports. `form` is gqa, gqa8, gqa4 (quantised pasts), mha, attention3d, attention4d, joined
-    (opset-23 Attention behind a Concat) or decomposed; `mask` how it hides tokens."""
+    (opset-23 Attention behind a Concat), buffers (of a fixed size, opset 24) or decomposed; `mask` how it hides tokens."""
 
     form: str = "decomposed"
     layers: int = 2
@@ -287,6 +287,13 @@ def _attention(g: _Builder, layer: int, q: str, k: str, v: str, mask: str) -> st
         k, v = (_repeated(g, x, kv_heads, size) for x in _joined(g, layer, k, v))
         return _flat(g, g.add("Attention", q, k, v, mask, **attributes), layer)
     pasts = [_past(spec, layer, "key"), _past(spec, layer, "value")]
+    if spec.form == "buffers":
+        for part, x in (("key", k), ("value", v)):
+            g.add(
+                "TensorScatter", _past(spec, layer, part), x, "write_indices", out=_present(spec, layer, part), axis=2
+            )
+        k, v = _present(spec, layer, "key"), _present(spec, layer, "value")
+        return _flat(g, g.add("Attention", q, k, v, mask, "", "", "nonpad_kv_seqlen", **attributes), layer)
     if spec.form == "attention4d":
         return _flat(g, _node(g, "Attention", [q, k, v, mask, *pasts], layer, **attributes), layer)
     tokens = [_tokens_first(g, x, heads, size) for x, heads in ((q, spec.heads), (k, kv_heads), (v, kv_heads))]
@@ -335,7 +342,8 @@ def _normed(g: _Builder, x: str, weight: str) -> str:
 
 
 _FORMS = {
-    "attention3d": _attention, "attention4d": _attention, "decomposed": _decomposed, "gqa": _gqa, "gqa4": _gqa, "gqa8": _gqa,
+    "attention3d": _attention, "attention4d": _attention, "buffers": _attention, "decomposed": _decomposed,
+    "gqa": _gqa, "gqa4": _gqa, "gqa8": _gqa,
     "joined": _attention, "mha": _mha,
 }  # fmt: skip
 
@@ -373,6 +381,9 @@ def exported_model(spec: Exported) -> onnx.ModelProto:
     return _finished(g)
 
 
+_PAST = {"buffers": "capacity"}
+
+
 def _finished(g: _Builder) -> onnx.ModelProto:
     spec = g.spec
     value = helper.make_tensor_value_info
@@ -382,18 +393,25 @@ def _finished(g: _Builder) -> onnx.ModelProto:
     ]  # fmt: skip
     if spec.position_ids:
         inputs.append(value("position_ids", _INT64, ["batch", tokens]))
+    if spec.form == "buffers":
+        inputs += [value(name, _INT64, ["batch"]) for name in ("write_indices", "nonpad_kv_seqlen")]
     outputs = [value("logits", g.kind, ["batch", tokens, spec.vocab])]
     past_kind = {"gqa8": TensorProto.INT8, "gqa4": TensorProto.UINT8}.get(spec.form, g.kind)
     for layer in range(spec.layers):
         for part in ("key", "value"):
             size = spec.head_dim[layer] // (2 if spec.form == "gqa4" else 1)
-            extents = ["batch", spec.kv_heads[layer], "past", "cache_dim" if spec.form == "gqa" else size]
+            extents = [
+                "batch",
+                spec.kv_heads[layer],
+                _PAST.get(spec.form, "past"),
+                "cache_dim" if spec.form == "gqa" else size,
+            ]
             inputs.append(value(_past(spec, layer, part), past_kind, extents))
             if spec.variant != "cross":
                 outputs.append(value(_present(spec, layer, part), past_kind, [*extents[:2], "total", size]))
         if spec.variant in ("shares", "qk"):
             outputs.append(value(f"{spec.variant}.{layer}", g.kind, None))
     graph = helper.make_graph(g.nodes, "exported", inputs, outputs, list(g.constants.values()))
-    opset = 23 if spec.form in ("attention3d", "attention4d", "joined") else 18
+    opset = {"attention3d": 23, "attention4d": 23, "buffers": 24, "joined": 23}.get(spec.form, 18)
     opsets = [helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=10)

@@ -114,7 +114,10 @@ class Surgery:
     def _layer(self, found: AttentionNode, layer: int) -> Iterator[onnx.NodeProto]:
         """Ours in place of one attention, with what brings its tensors into shape."""
         call = call_of(found)
-        yield from call.before
+        for node in call.before:  # layers may have some in common
+            if node.output[0] not in self._names:
+                self._names.add(node.output[0])
+                yield node
         root = f"inferos/{layer}"
         query, key, value, output = call.query, call.key, call.value, call.output
         common = 0 if not call.casts else TensorProto.FLOAT

@@ -60,6 +60,7 @@ SAME: dict[str, Exported] = {
     "Attention, 4-D, sliding window": Exported("attention4d", mask="window"),
     "Attention, 4-D, float16": Exported("attention4d", dtype="float16"),
     "Attention behind a Concat": Exported("joined", variant="bool"),
+    "Attention over buffers of a fixed size": Exported("buffers", mask="flag"),
 }
 
 
@@ -83,7 +84,14 @@ def test_logits_and_choices_are_those_of_the_export(form: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "form", ["decomposed", "MultiHeadAttention", "Attention, 3-D", "decomposed, positions from the past"]
+    "form",
+    [
+        "decomposed",
+        "MultiHeadAttention",
+        "Attention, 3-D",
+        "decomposed, positions from the past",
+        "Attention over buffers of a fixed size",
+    ],
 )
 def test_a_host_with_attention_mask_gets_the_same(form: str) -> None:
     spec = SAME[form]
@@ -91,9 +99,7 @@ def test_a_host_with_attention_mask_gets_the_same(form: str) -> None:
     assert_same_but_for_ties(stock, ours, epsilon_of(spec))
 
 
-@pytest.mark.parametrize(
-    "form", [form for form in SAME if SAME[form].form != "attention3d" or SAME[form].mask != "flag"]
-)
+@pytest.mark.parametrize("form", [form for form in SAME if SAME[form].mask != "flag" or SAME[form].form == "mha"])
 def test_only_ids_and_lengths_go_in_and_only_logits_come_out(form: str) -> None:
     spec = SAME[form]
     model = rewrite_model(exported_model(spec))
