@@ -117,7 +117,7 @@ def probed(report: Callable[[str, object], None], manager: Any, checker: Any) ->
     for device, row in zip(manager.devices, manager.report(), strict=True):
         can = checker.check(device)
         rows.append({**row, "capabilities": can, "suggested_policy": suggest_policy(can) or None})
-        short = ", ".join(name.removesuffix("_quantization") for name in CAPABILITIES if can[name]) or "nothing"
+        short = ", ".join(name.split("_")[0] for name in CAPABILITIES if can[name]) or "nothing"
         report("device", f"{device.name}, {device.describe()}: does {short}")
         report("", f"KV {row['kv_owner']}; compressed {row['compressed']}")
         if can["error"] is not None:

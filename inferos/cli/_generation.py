@@ -135,12 +135,12 @@ def load_model(request: Request) -> Model:
     return model
 
 
-def show_plan(request: Request, options: Answering) -> None:
-    """`--dry-run`."""
+def show_plan(request: Request, options: Answering, **more: Any) -> None:
+    """`--dry-run`; `more`: settings that only one command has."""
     from inferos.runtime.layout import read_layout
     from inferos.runtime.model import resolve_model
 
-    layout = read_layout(resolve_model(request.model))
+    layout = read_layout(resolve_model(request.model), stock=request.kv.kv == "off")
     settings = {
         "kv": request.kv.kv,
         "kv_requested": request.kv.requested,
@@ -149,6 +149,7 @@ def show_plan(request: Request, options: Answering) -> None:
         **as_planned(request.policy, request.kv.kv),
         "max_tokens": options.max_tokens,
         "threads": request.threads or None,
+        **more,
     }
     _plan.show(_plan.describe(layout, request.model, settings), options.json_path)
 

@@ -42,7 +42,7 @@ def e2e(
         str | None,
         typer.Option("--context", metavar="LIST", help="Tokens.  [default: 128 to 32768, as far as the model goes]"),
     ] = None,
-    batch: Annotated[str, typer.Option("--batch", metavar="LIST", help="Rows decoded together.")] = "1",
+    batch: Annotated[str, typer.Option("--batch", "--batch-size", metavar="LIST", help="Rows decoded together.")] = "1",
     modes: Annotated[
         str | None, typer.Option("--compare-modes", metavar="LIST", help="baseline, inferos.  [default: both]")
     ] = None,
@@ -80,9 +80,9 @@ def e2e(
     _Job(layout, name, plan, scale).run(json_path)
 
 
-def benchmark(model: str, *, kv: str | None, threads: int, json_path: Path | None, **devices: Any) -> None:
+def benchmark(model: str, *, kv: str | None, threads: int, batch: str, json_path: Path | None, **devices: Any) -> None:
     """`inferos run --benchmark`: the same, with the defaults for what `run` does not know."""
-    e2e(model, kv=kv, threads=threads or 1, json_path=json_path, **devices)
+    e2e(model, kv=kv, threads=threads or 1, batch=batch, json_path=json_path, **devices)
 
 
 def _layout(name: str) -> ModelLayout:

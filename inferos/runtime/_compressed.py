@@ -19,7 +19,7 @@ from inferos.runtime._reviews import QualitySource, Reviews
 from inferos.runtime._runner import open_runner
 from inferos.runtime._step_inputs import OneToken, step_inputs
 from inferos.runtime.cache_rules import CacheRules
-from inferos.runtime.failover import RobustFallbackManager
+from inferos.runtime.failover import EngineState, RobustFallbackManager
 from inferos.runtime.failover.steps import StepFailover
 from inferos.runtime.layout import ModelLayout
 from inferos.runtime.placer import Placer
@@ -81,8 +81,28 @@ class CompressedSession:
     @property
     def trims(self) -> bool:
         """Whether a prompt gives logits for its last token only."""
-        # Of the engines only the first is asked: those behind it may not be open.
+        # Engines behind the first may not be open.
         return bool(self.layout.logits_to_keep) or self.routes.prefill[0].trims
+
+    def engine_states(self, role: Role) -> tuple[EngineState, ...]:
+        """Engines in the order in which the next step of a role would try them; those that hang come last."""
+        health, engines = self.failover.manager.health, self.routes.of(role)
+        order = health.order(engines)
+        return health.states([*order, *(engine for engine in engines if engine not in order)])
+
+    def prefer(self, device: str) -> None:
+        """Run prefill and decode on the engines of a device first, from the next step on.
+
+        Raises
+        ------
+        ProviderError
+            If a role has none; nothing is changed.
+        """
+        roles: tuple[Role, Role] = ("prefill", "decode")
+        orders = [sorted(self.routes.of(role), key=lambda e: e.device != device) for role in roles]
+        if any(order[0].device != device for order in orders):
+            raise ProviderError(f"no engine of this session runs on {device}")
+        self.routes.place(prefill=orders[0], decode=orders[1])
 
     def sequence(self) -> CompressedSequence:
         """A new, empty sequence."""

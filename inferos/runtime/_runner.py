@@ -93,7 +93,7 @@ def open_runner(layout: ModelLayout, *, threads: int, device: Device = CPU, iobi
     register(options)
     session = open_ort(graph, options, layout.model_path.parent, device)
     bindings = Bindings.of(session, layout) if iobinding else None
-    return Runner(session, layout.logits, trims=trims, name=device.name, device=device.word, bindings=bindings)
+    return Runner(session, layout.logits, trims=trims, bindings=bindings, name=device.name, device=device.word)
 
 
 def _decoder_graph(layout: ModelLayout) -> tuple[bytes, bool]:

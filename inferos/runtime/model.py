@@ -26,6 +26,8 @@ from inferos.runtime.chat import ChatTemplate, find_template
 from inferos.runtime.conversation import Conversation
 from inferos.runtime.decode_loop import CachedTokens, Cancel, DecodeLoop, Limits
 from inferos.runtime.effective import EffectivePolicy, describe_policy
+from inferos.runtime.failover import EngineState, RobustFallbackManager
+from inferos.runtime.failover.relief import ModelMemory
 from inferos.runtime.generate import Generation
 from inferos.runtime.prompts import (
     DEFAULT_MAX_TOKENS,
@@ -36,9 +38,9 @@ from inferos.runtime.prompts import (
     are_prompts,
     checked_ids,
 )
-from inferos.runtime.protocols import DecoderSession, FollowsRules, Ids, RequestObserver
+from inferos.runtime.protocols import DecoderSession, FollowsRules, Ids, RequestObserver, Role
 from inferos.runtime.run import Alone, Run
-from inferos.runtime.sampler import MAX_SEED, Sampler, SamplingOptions
+from inferos.runtime.sampler import Sampler, SamplingOptions
 from inferos.runtime.speculation import PromptLookup, SpeculationGate
 from inferos.runtime.stop_texts import check_stops
 from inferos.runtime.tokenizer import TextTokenizer, read_json
@@ -84,6 +86,7 @@ def load(
     budget_bytes: int | str | None = None,
     threads: int = 0,
     prefill_chunk: int = 512,
+    deadline_seconds: float | None = None,
 ) -> Model:
     """Open a model.
 
@@ -104,6 +107,9 @@ def load(
         Threads inside a node; 0 is ONNX Runtime's own choice.
     prefill_chunk : int
         Tokens of one prefill run at most; bounds the peak memory of a long prompt.
+    deadline_seconds : float, optional
+        Seconds a step may take where another device could take it over; one that takes longer is run again there. As
+        long as it takes unless given, and where only one device runs the model.
 
     Returns
     -------
@@ -132,6 +138,8 @@ def load(
         threads=threads,
         prefill_chunk=prefill_chunk,
     )
+    if deadline_seconds is not None and (failover := getattr(session, "failover", None)) is not None:
+        failover.limit(deadline_seconds)
     return Model(
         session,
         folder=layout.folder,
@@ -167,6 +175,9 @@ class Model:
         Told of every generation that ended without an error; may be set at any time.
     policies : PolicyStore
         The policy in force and its history. What is changed there is in force like `set_policy`.
+    fallbacks : RobustFallbackManager
+        Counts and lists failovers, says which engines are well, and changes policy, memory and devices where it is told
+        of trouble.
 
     Notes
     -----
@@ -195,6 +206,10 @@ class Model:
         self._first = policy or Policy()
         self.policies = PolicyStore(self._first, apply=self._follow)
         self.observer: RequestObserver | None = None
+        failover = getattr(session, "failover", None)  # of a session that has several engines, or may have
+        self.fallbacks: RobustFallbackManager = RobustFallbackManager() if failover is None else failover.manager
+        self._memory = ModelMemory(session)
+        self.fallbacks.attach(policy=self.policies, memory=self._memory, switch_device=getattr(session, "prefer", None))
         self._prefill_chunk = prefill_chunk
         self._clock = clock
         self._closed = False
@@ -281,6 +296,15 @@ class Model:
             wanted = now if word is None else word
             changes[name] = "dml" if wanted == "gpu" else wanted
         return self.set_policy({"scheduler": changes}, reason)
+
+    def engine_states(self) -> dict[Role, tuple[EngineState, ...]]:
+        """Who runs prefill and decode: the engines as the next step would try them, those that were left with the reason.
+
+        Empty where the session has no choice.
+        """
+        states = getattr(self.session, "engine_states", None)
+        roles: tuple[Role, Role] = ("prefill", "decode")
+        return {} if states is None else {role: states(role) for role in roles}
 
     def watch_quality(self, source: Callable[[], float | None]) -> None:
         """Let mode dynamic follow a measured quality: `source` gives the newest delta PPL, or None.
@@ -371,21 +395,14 @@ class Model:
         ClosedError
             If the model is closed.
         """
-        if not are_prompts(prompt):
-            generation = Generation(Alone(self._begin(Run, self._clock, prompt, max_tokens, **options)))  # type: ignore[arg-type]
-            self._track(generation)
-            return generation
-        batch = self.batch()
-        first = options.get("seed")
-        try:
-            for number, one in enumerate(prompt):
-                if isinstance(first, int):
-                    options["seed"] = (first + number) & MAX_SEED
-                batch.add(one, max_tokens, **options)
-        except BaseException:
-            batch.close()  # now: the traceback holds it
-            raise
-        return batch
+        if are_prompts(prompt):
+            batch = self.batch()
+            batch.add_all(prompt, max_tokens, **options)
+            return batch
+        run = self._begin(Run, self._clock, prompt, max_tokens, **options)  # type: ignore[arg-type]
+        generation = Generation(Alone(run))
+        self._track(generation)
+        return generation
 
     def batch(self, max_rows: int = MAX_ROWS) -> Batch:
         """An empty batch, to which prompts with options of their own are added, also while others decode.
@@ -521,7 +538,9 @@ class Model:
 
     def _decoder(self, max_rows: int) -> BatchDecoder:
         self._check_open()
-        return BatchDecoder(self.session, max_rows=max_rows, prefill_tokens=self._prefill_chunk, clock=self._clock)
+        decoder = BatchDecoder(self.session, max_rows=max_rows, prefill_tokens=self._prefill_chunk, clock=self._clock)
+        self._memory.watch(decoder)
+        return decoder
 
     def _begin(
         self,

@@ -29,9 +29,9 @@ def open_session(
     thresholds: tuple[float, float, float] = (1.0, 0.7, 0.3),
     l2_format: str = "auto",
     rules: CacheRules | None = None,
-    iobinding: bool = True,
     policy: Policy | None = None,
     devices: DeviceManager | None = None,
+    iobinding: bool = True,
 ) -> DecoderSession:
     """Open a decoder model, on the CPU unless a policy asks for other devices.
 
@@ -59,12 +59,12 @@ def open_session(
     rules : CacheRules, optional
         All of it about the caches; kv (unless it is off), recent_window, sink_tokens, thresholds and l2_format are not
         looked at then.
-    iobinding : bool
-        Whether the arrays of a decode step are bound once and used again.
     policy : Policy, optional
         Its `scheduler` places prefill and decode; the rest is not looked at.
     devices : DeviceManager, optional
         Where devices come from; this machine's unless given.
+    iobinding : bool
+        Whether the arrays of a decode step are bound once and used again.
 
     Returns
     -------

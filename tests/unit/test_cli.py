@@ -227,6 +227,36 @@ def test_run_takes_the_prompt_from_stdin_and_its_numbers_go_to_json(tmp_path: Pa
     assert pool["budget_bytes"] == 4 << 30
 
 
+def test_run_answers_several_prompts_together_in_their_order(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("Once upon\n\nThe old\n")
+    given = ("It was a", "--prompts", tmp_path / "prompts.txt", "--batch-size", "2", "--max-tokens", "6")
+    result = call("run", "reference", *given, "--json", tmp_path / "run.json")
+    assert result.exit_code == 0, result.output
+    with inferos.load("reference") as model:
+        texts = [model.generate(text, max_tokens=6) for text in ("It was a", "Once upon", "The old")]
+        wanted = ["".join(token.text for token in generation) for generation in texts]
+    assert result.stdout == "".join(text + "\n" for text in wanted)
+    report = json.loads((tmp_path / "run.json").read_text())
+    assert (report["schema"], report["batch_size"]) == ("inferos.run_batch/1", 2)
+    assert report["tokens_per_s"] > 0
+    assert [(row["text"], row["tokens"], row["error"]) for row in report["rows"]] == [
+        (text, 6, None) for text in wanted
+    ]
+
+
+def test_a_prompt_that_fails_ends_no_other_and_the_command_fails(tmp_path: Path) -> None:
+    prompt = "It was a long day and nobody came. " * 60
+    limit = ("--kv", "f16", "--memory-limit", "16MiB", "--max-tokens", "250", "--batch-size", "9")
+    result = call("run", "reference", *[prompt] * 9, *limit, "--json", tmp_path / "run.json")
+    assert result.exit_code == 1
+    rows = json.loads((tmp_path / "run.json").read_text())["rows"]
+    failed = [row["error"] is not None for row in rows]
+    assert 0 < sum(failed) < 9
+    assert all(row["error"].startswith("BudgetError: ") for row in rows if row["error"])
+    assert all(row["error"] or row["finish_reason"] for row in rows)
+    assert f"{sum(failed)} of 9 prompts failed" in result.stderr
+
+
 def test_the_same_seed_gives_the_same_text_and_json_on_stdout_stands_alone() -> None:
     def once(seed: str) -> dict[str, Any]:
         result = call(
@@ -333,6 +363,9 @@ BAD_USAGE = {
     "two devices": (["eval", "reference", "--mode", "gpu_only", "--device", "cpu"], "contradict each other"),
     "no size": (["run", "reference", "x", "--memory-limit", "lots"], "'lots' is not a size"),
     "small size": (["chat", "reference", "--memory-limit", "1MiB"], "at least 16MiB"),
+    "no rows": (["run", "reference", "x", "--batch-size", "0"], "0 is not within 1..256"),
+    "stdin twice": (["run", "reference", "-", "--prompts", "-"], "- is given more than once"),
+    "no such file": (["run", "reference", "--prompts", "/nowhere/at/all"], "'/nowhere/at/all' cannot be read"),
     "no tokens": (["run", "reference", "x", "--max-tokens", "0"], "0 is not at least 1"),
     "no threads": (["eval", "reference", "--threads", "-1"], "-1 is not within 0..1024"),
     "bad temperature": (["run", "reference", "x", "--temperature", "-1"], "temperature: -1.0"),

@@ -108,6 +108,23 @@ def test_layers_say_their_form_sizes_and_window() -> None:
     assert (second.kv_heads, second.head_dim, second.past_key) == (4, 16, "past_key_values.7.key")
 
 
+@pytest.mark.parametrize("position_ids", [True, False])
+def test_positions_counted_from_the_past_are_one_for_all_rows(position_ids: bool) -> None:
+    source = exported_model(Exported(position_ids=position_ids))
+    assert attention_nodes(source)[0].shared_positions is not position_ids
+    assert attention_nodes(rewrite_model(source))[0].shared_positions is not position_ids
+
+
+def test_a_graph_whose_nodes_are_out_of_order_is_read() -> None:
+    spec = Exported()
+    source = exported_model(spec)
+    nodes = list(source.graph.node)
+    del source.graph.node[:]
+    source.graph.node.extend(reversed(nodes))
+    stock, ours = teacher_forced(source, token_ids(spec), PROMPT)
+    assert_same_but_for_ties(stock, ours, epsilon_of(spec))
+
+
 def test_window_longer_than_the_first_probes_is_found() -> None:
     assert attention_nodes(exported_model(Exported(mask="window", window=777)))[0].window == 777
 

@@ -64,7 +64,7 @@ def stand_in(layout: ModelLayout, device: Device) -> Runner:
     options.enable_mem_pattern = False
     register(options)
     options.add_session_config_entry(
-        "session.model_external_initializers_file_folder_path", str(layout.folder.resolve())
+        "session.model_external_initializers_file_folder_path", str(layout.model_path.parent.resolve())
     )
     session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     return Runner(session, layout.logits, trims=trims, name=device.name, device=device.word)

@@ -179,6 +179,22 @@ class RobustFallbackManager:
         self._count = 0
         self._lock = threading.RLock()
 
+    def attach(
+        self,
+        *,
+        policy: PolicyTarget | None = None,
+        quality: QualityLadder | None = None,
+        memory: MemoryTarget | None = None,
+        switch_device: Callable[[str], None] | None = None,
+    ) -> None:
+        """Targets that are known later than the manager; one that it has already stays."""
+        with self._lock:
+            if policy is not None and self._overlays is None:
+                self._overlays = Overlays(policy)
+            self._quality = self._quality or quality
+            self._memory = self._memory or memory
+            self._switch_device = self._switch_device or switch_device
+
     @property
     def failovers(self) -> tuple[Failover, ...]:
         """The newest 100 steps that were run again elsewhere, oldest first."""

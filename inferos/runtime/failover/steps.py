@@ -8,13 +8,15 @@ from typing import Any, Protocol
 import numpy.typing as npt
 import onnxruntime as ort
 
+from inferos.errors import ConfigError
 from inferos.runtime.failover.attempts import first_that_works
 from inferos.runtime.failover.manager import RobustFallbackManager
-from inferos.runtime.failover.workers import Wait, Workers
+from inferos.runtime.failover.workers import Wait, Workers, deadline
 from inferos.runtime.protocols import Engine
 
 __all__ = ["Step", "StepFailover"]
 
+_LONGEST = 86400.0  # seconds
 _Logits = npt.NDArray[Any]
 
 
@@ -49,6 +51,18 @@ class StepFailover:
         self.manager = manager
         self._wait = wait
         self._workers = Workers()
+
+    def limit(self, seconds: float) -> None:
+        """Leave an engine that is not back after `seconds`, where another one could take over.
+
+        Raises
+        ------
+        ConfigError
+            If that is not a finite number above 0.
+        """
+        if isinstance(seconds, bool) or not (isinstance(seconds, int | float) and 0 < seconds <= _LONGEST):
+            raise ConfigError(f"deadline_seconds: {seconds!r} is not a number above 0 and at most {_LONGEST:g}")
+        self._wait = deadline(seconds)
 
     def run(self, engines: Sequence[Engine], step: Step) -> _Logits:
         """Logits (rows, tokens, vocab_size) of the step.

@@ -47,20 +47,27 @@ def _check(node: onnx.NodeProto, name: str, values: dict[str, Any], names: list[
 
 def _sources(
     index: GraphIndex, node: onnx.NodeProto, name: str, names: list[str]
-) -> tuple[list[str], list[str], list[str]]:
-    """Names of new key and value, of past key and value, and of the presents."""
+) -> tuple[list[str], list[str], list[str], tuple[str, ...]]:
+    """Names of new key and value, of past key and value, of the presents, and of past and new together."""
     if names[4] and names[5]:
         presents = [*node.output[1:3], "", ""][:2]
         graph_cache(index, name, (names[4], names[5]), (presents[0], presents[1]))
-        return names[1:3], names[4:6], presents
+        return names[1:3], names[4:6], presents, ()
     joints = [joint_behind(index, x) for x in names[1:3]]
     if joints[0] is None or joints[1] is None:
         kept = kept_past(index, names[1])
         why = f"reads {kept!r} and adds nothing to it: cross-attention" if kept else "it has no past"
         raise UnsupportedError(f"node {name!r}: {why}")
     pair = (joints[0], joints[1])
+    if any(joint.entry != joint.past for joint in pair):
+        raise UnsupportedError(f"node {name!r}: its past {pair[0].past!r} changes its type on the way")
     try:
-        return [j.new for j in pair], [j.past for j in pair], list(presents_of(index, pair))
+        return (
+            [j.new for j in pair],
+            [j.past for j in pair],
+            list(presents_of(index, pair)),
+            tuple(j.joined for j in pair),
+        )
     except UnsupportedError as error:
         raise UnsupportedError(f"node {name!r}: {error}") from error
 
@@ -86,7 +93,7 @@ def _read(index: GraphIndex, node: onnx.NodeProto, name: str, head_dim: int | No
     values = attributes(node)
     names = [*node.input, *[""] * (7 - len(node.input))]
     _check(node, name, values, names)
-    news, pasts, presents = _sources(index, node, name, names)
+    news, pasts, presents, joined = _sources(index, node, name, names)
     kind = index.element_type(pasts[0])
     if kind not in DTYPES:
         raise UnsupportedError(f"node {name!r}: its past {pasts[0]!r} is neither FLOAT nor FLOAT16")
@@ -116,7 +123,7 @@ def _read(index: GraphIndex, node: onnx.NodeProto, name: str, head_dim: int | No
     window = measured(piece, name, mask, scores, scale, softcap)
     if values.get("softmax_precision", TensorProto.FLOAT) not in (TensorProto.FLOAT, TensorProto.DOUBLE, kind):
         raise UnsupportedError(f"node {name!r}: softmax_precision {values['softmax_precision']} is not supported")
-    call = Call(names[0], news[0], news[1], node.output[0], heads_first, scale, softcap)
+    call = Call(names[0], news[0], news[1], node.output[0], heads_first, scale, softcap, joined=joined)
     return AttentionNode(
         node, name, sizes.heads, sizes.kv_heads, sizes.head_dim, window, DTYPES[kind], False, pasts[0], pasts[1],
         presents[0], presents[1], OnnxAttention.name, call,

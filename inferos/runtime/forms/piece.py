@@ -90,7 +90,8 @@ def measured(piece: Piece, name: str, mask: str, scores: Scores, scale: float, s
     try:
         cone = case_of(index, 1, 1, 1).cone(mask, {piece.past_key, piece.past_value}) if mask else []
         window = measure_window(index, scores, cone)
-        verify(index, piece.attend, sizes, scale or sizes.head_dim**-0.5, softcap, window)
+        half = piece.dtype == np.float16
+        verify(index, piece.attend, sizes, scale or sizes.head_dim**-0.5, softcap, window, half=half)
     except UnsupportedError as error:
         raise UnsupportedError(f"node {name!r}: {error}") from error
     return window
