@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -252,3 +253,20 @@ def test_the_example_runs(place: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("It was a")
     assert "tokens in" in done.stderr
+
+
+def test_the_benchmark_compares_bytes_and_tokens(tmp_path: Path) -> None:
+    out = tmp_path / "genai.json"
+    program = EXAMPLES.parent / "benchmarks" / "genai_host.py"
+    sizes = ["--context", "300", "--layers", "1", "--steps", "4", "--tokens", "4"]
+    done = subprocess.run(
+        [sys.executable, str(program), *sizes, "--json", str(out)],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    record = json.loads(out.read_text())
+    rows = {row["kv"]: row for row in record["rows"]}
+    assert rows["plain"]["kv_bytes"] == 2 * 8 * 128 * 300 * 4
+    assert rows["int4"]["of_plain"] < rows["int8"]["of_plain"] < rows["f16"]["of_plain"] < 0.7
+    assert rows["f16"]["equal_tokens"] == 4
+    assert all(row["equal"] == [4] * 8 for row in record["reference"] if row["choice"] == "greedy")
