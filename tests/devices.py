@@ -46,10 +46,14 @@ VITIS = ("VitisAIExecutionProvider", "NPU", "AMD")
 OPENVINO_NPU = ("OpenVINOExecutionProvider", "NPU", "Intel")
 
 
+def probe(*entries: tuple[str, str, str]) -> OrtProbe:
+    """Finds the processor and these devices."""
+    return OrtProbe(FakeRuntime([CPU, *entries]), catalog=list, plugins=list)
+
+
 def machine(*entries: tuple[str, str, str]) -> DeviceManager:
     """A machine with the processor and these devices."""
-    runtime = FakeRuntime([CPU, *entries])
-    return DeviceManager(OrtProbe(runtime, catalog=list, plugins=list))
+    return DeviceManager(probe(*entries))
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from inferos.bench.record import OURS, Peer, Row
 from inferos.bench.statistics import fit_line, median_ratio
 from inferos.bench.timing import Contender, Timing, interleave
 from inferos.bench.weights import WeightBytes, weight_bytes
+from inferos.config import Policy
 from inferos.errors import ConfigError, InferosError
 from inferos.kv import ReadBuffer, set_num_threads
 from inferos.runtime.layout import ModelLayout
@@ -105,6 +106,8 @@ class Plan:
     threads : int
     rounds : int
         Tokens of each contender.
+    policy : Policy, optional
+        Its `scheduler` places inferos' sessions; the processor unless given. The peer runs on the processor.
     """
 
     contexts: tuple[int, ...]
@@ -113,6 +116,7 @@ class Plan:
     formats: tuple[str, ...] = ("int8", "k8v4", "int4")
     threads: int = 1
     rounds: int = 32
+    policy: Policy | None = None
 
 
 def spare_tokens(rounds: int) -> int:
@@ -271,7 +275,8 @@ class EndToEnd:
 
     def _build_ours(self, kv: str, filled: int, batch: int, opened: contextlib.ExitStack) -> list[_Entry]:
         if self._ours is None:
-            self._ours = self._session(OURS, lambda: open_session(self._layout, threads=self._plan.threads))
+            threads, policy = self._plan.threads, self._plan.policy
+            self._ours = self._session(OURS, lambda: open_session(self._layout, threads=threads, policy=policy))
         self._require(int(batch * (_BITS[kv] * self._elements(filled) + 16 * self._elements(_WINDOW)) / 8))
         rows = InferosRows.filled(self._ours, kv, batch, filled, self._random)
         opened.callback(rows.close)

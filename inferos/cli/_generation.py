@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from inferos.cli import _options, _output, _plan
+from inferos.cli._devices import DeviceOption, HybridOption, ModeOption, as_planned, scheduler_changes
 from inferos.cli._options import (
     DebugOption,
-    DeviceOption,
     DryRunOption,
     JsonOption,
     KvKOption,
@@ -76,7 +76,9 @@ class Answering:
     optimization: OptimizationOption = None
     memory_limit: MemoryLimitOption = None
     quality_threshold: QualityThresholdOption = None
-    device: DeviceOption = "auto"
+    mode: ModeOption = None
+    hybrid_mode: HybridOption = False
+    device: DeviceOption = None
     threads: ThreadsOption = 0
     json_path: JsonOption = None
     dry_run: DryRunOption = False
@@ -86,9 +88,9 @@ class Answering:
         """What is to be loaded. Raises ConfigError where an option does not fit."""
         _options.check_range("--max-tokens", self.max_tokens, 1)
         kv = _options.resolve_kv(self.kv, self.kv_k, self.kv_v, self.optimization, self.kv_quantization)
-        _options.check_device(self.device)
+        scheduler = scheduler_changes(self.mode, self.hybrid_mode, self.device)
         _options.check_range("--threads", self.threads, 0, _options.MOST_THREADS)
-        policy = _options.cache_policy(self.memory_limit, self.quality_threshold)
+        policy = _options.cache_policy(self.memory_limit, self.quality_threshold, scheduler)
         request = Request(model, kv, policy, self.threads)
         _output.check_json_path(self.json_path)
         return request
@@ -133,19 +135,21 @@ def load_model(request: Request) -> Model:
     return model
 
 
-def show_plan(request: Request, options: Answering) -> None:
-    """`--dry-run`."""
+def show_plan(request: Request, options: Answering, **more: Any) -> None:
+    """`--dry-run`; `more`: settings that only one command has."""
     from inferos.runtime.layout import read_layout
     from inferos.runtime.model import resolve_model
 
-    layout = read_layout(resolve_model(request.model))
+    layout = read_layout(resolve_model(request.model), stock=request.kv.kv == "off")
     settings = {
         "kv": request.kv.kv,
         "kv_requested": request.kv.requested,
         "kv_reason": request.kv.reason or None,
         **_cache_settings(request, len(layout.layers)),
+        **as_planned(request.policy, request.kv.kv),
         "max_tokens": options.max_tokens,
         "threads": request.threads or None,
+        **more,
     }
     _plan.show(_plan.describe(layout, request.model, settings), options.json_path)
 

@@ -7,7 +7,7 @@ import functools
 import inspect
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DebugOption",
-    "DeviceOption",
     "DryRunOption",
     "EffectiveKv",
     "JsonOption",
@@ -35,7 +34,6 @@ __all__ = [
     "QualityThresholdOption",
     "ThreadsOption",
     "cache_policy",
-    "check_device",
     "check_range",
     "formats_of_bits",
     "kv_list",
@@ -47,7 +45,6 @@ __all__ = [
 
 DEFAULT_KV = "int8"
 MOST_THREADS = 1024
-DEVICES = ("auto", "cpu")
 _BITS = {(8, 8): "int8", (8, 4): "k8v4", (4, 4): "int4", (16, 16): "f16"}
 _FALSE = frozenset({"0", "false", "no", "off"})
 
@@ -84,7 +81,6 @@ QualityThresholdOption = Annotated[
     float | None,
     typer.Option("--quality-threshold", metavar="F", help="PPL that compression may cost; mode dynamic holds to it."),
 ]
-DeviceOption = Annotated[str, typer.Option("--device", metavar="auto|cpu", help="Where the model runs.")]
 ThreadsOption = Annotated[
     int,
     typer.Option("--threads", metavar="N", help="Threads of a step; 0 = ONNX Runtime's choice, 1 suits small models."),
@@ -240,15 +236,12 @@ def check_range(option: str, value: float, low: float, high: float | None = None
         raise ConfigError(f"{option}: {value} is not {wanted}")
 
 
-def check_device(device: str) -> str:
-    """The device in force: the processor, whatever may be asked for. Raises ConfigError for others."""
-    if device not in DEVICES:
-        raise ConfigError(f"--device: {device!r} is not available; this version runs on: {', '.join(DEVICES)}")
-    return "cpu"
-
-
-def cache_policy(memory_limit: str | None = None, quality_threshold: float | None = None) -> Policy:
-    """The policy of the environment variables, with `--memory-limit` and `--quality-threshold` over it.
+def cache_policy(
+    memory_limit: str | None = None,
+    quality_threshold: float | None = None,
+    scheduler: Mapping[str, Any] | None = None,
+) -> Policy:
+    """The policy of the environment variables, with `--memory-limit`, `--quality-threshold` and `--mode` over it.
 
     Raises
     ------
@@ -257,7 +250,7 @@ def cache_policy(memory_limit: str | None = None, quality_threshold: float | Non
     """
     from inferos.config import load_policy
 
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = dict(scheduler or {})
     if memory_limit is not None:
         changes["io"] = {"host_pool_bytes": _size("--memory-limit", memory_limit)}
     if quality_threshold is not None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from inferos.cli import _options, _output
+from inferos.cli._devices import DeviceOption, HybridOption, ModeOption, scheduler_changes, tell
 from inferos.cli._options import DebugOption, JsonOption
 from inferos.errors import ConfigError
 
@@ -41,7 +42,7 @@ def e2e(
         str | None,
         typer.Option("--context", metavar="LIST", help="Tokens.  [default: 128 to 32768, as far as the model goes]"),
     ] = None,
-    batch: Annotated[str, typer.Option("--batch", metavar="LIST", help="Rows decoded together.")] = "1",
+    batch: Annotated[str, typer.Option("--batch", "--batch-size", metavar="LIST", help="Rows decoded together.")] = "1",
     modes: Annotated[
         str | None, typer.Option("--compare-modes", metavar="LIST", help="baseline, inferos.  [default: both]")
     ] = None,
@@ -53,6 +54,9 @@ def e2e(
     scale: Annotated[
         bool, typer.Option("--scale", help="How time grows: 8k to 1048576 tokens at INT4, inferos only.")
     ] = False,
+    mode: ModeOption = None,
+    hybrid_mode: HybridOption = False,
+    device: DeviceOption = None,
     json_path: JsonOption = None,
     _debug: DebugOption = False,
 ) -> None:
@@ -70,13 +74,15 @@ def e2e(
     name = model or (_SCALE_MODEL if scale else _DEFAULT_MODEL)
     layout = _layout(name)
     contexts = asked or (SCALE_CONTEXTS if scale else _fitting(layout, rounds))
-    plan = Plan(contexts, rows, chosen_modes, formats, threads, rounds)
+    policy = _options.cache_policy(scheduler=scheduler_changes(mode, hybrid_mode, device))
+    tell(policy)
+    plan = Plan(contexts, rows, chosen_modes, formats, threads, rounds, policy)
     _Job(layout, name, plan, scale).run(json_path)
 
 
-def benchmark(model: str, *, kv: str | None, threads: int, json_path: Path | None) -> None:
+def benchmark(model: str, *, kv: str | None, threads: int, batch: str, json_path: Path | None, **devices: Any) -> None:
     """`inferos run --benchmark`: the same, with the defaults for what `run` does not know."""
-    e2e(model, kv=kv, threads=threads or 1, json_path=json_path)
+    e2e(model, kv=kv, threads=threads or 1, batch=batch, json_path=json_path, **devices)
 
 
 def _layout(name: str) -> ModelLayout:

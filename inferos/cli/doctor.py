@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import asdict
@@ -13,7 +14,7 @@ from inferos.cli import _output
 from inferos.cli._options import DEFAULT_KV, DebugOption, JsonOption, resolve_kv
 from inferos.errors import InferosError
 
-__all__ = ["doctor"]
+__all__ = ["doctor", "run_checks"]
 
 _OLDEST_ORT = (1, 24)
 # Both caches hold the same FP16-rounded values here, far from any block that is packed: what differs is rounding.
@@ -26,11 +27,7 @@ def doctor(json_path: JsonOption = None, _debug: DebugOption = False) -> None:
     from inferos.runtime import environment
 
     versions = environment.versions()
-    checks = [
-        _check("native library", _native_library),
-        _check("onnxruntime", lambda: _onnxruntime(versions["onnxruntime"])),
-        _check("reference model", _reference_model),
-    ]
+    checks = run_checks()
     works = {check["name"]: check["ok"] for check in checks}
     active, runnable = environment.isas() if works["native library"] else (None, ())
     report = {
@@ -41,15 +38,51 @@ def doctor(json_path: JsonOption = None, _debug: DebugOption = False) -> None:
         "cpu_count": os.cpu_count(),
         "isa": {"active": active, "runnable": list(runnable)},
         "huge_pages": asdict(environment.huge_pages()) if works["native library"] else None,
-        "providers": list(environment.providers()),
-        "devices": list(environment.devices()),
         "would_use": _would_use(active),
         "checks": checks,
     }
-    _show(report, _output.console(json_path))
+    out = _output.console(json_path)
+    _show(report, out)
+    report.update(_devices_of(out))
+    for check in checks:
+        _line(out, "ok" if check["ok"] else "FAILED", f"{check['name']}: {check['detail']}")
     _output.write_json(json_path, report)
     if not all(works.values()):
         raise typer.Exit(1)
+
+
+def run_checks() -> list[dict[str, Any]]:
+    """Whether the parts work together: name, ok and detail of each."""
+    from inferos.runtime import environment
+
+    version = environment.versions()["onnxruntime"]
+    return [
+        _check("native library", _native_library),
+        _check("onnxruntime", lambda: _onnxruntime(version)),
+        _check("reference model", _reference_model),
+    ]
+
+
+def _devices_of(out: Any) -> dict[str, Any]:
+    """Every device, and what small models showed it can do."""
+    from inferos.cli._devices import probed
+    from inferos.devices.capability import DeviceCapabilityChecker
+    from inferos.devices.manager import DeviceManager
+
+    manager = DeviceManager()
+    _line(out, "providers", ", ".join(manager.available_providers) or "none")
+    devices = probed(lambda name, text: _line(out, name, text), manager, DeviceCapabilityChecker(manager))
+    for problem in manager.found.problems:
+        _line(out, "not found out", problem)
+    words = {word: manager.choose(word).describe() for word in ("dml", "npu")}
+    for word, text in words.items():
+        _line(out, f"{word} means", text)
+    return {
+        "providers": list(manager.available_providers),
+        "devices": devices,
+        "device_words": words,
+        "device_problems": list(manager.found.problems),
+    }
 
 
 def _check(name: str, probe: Callable[[], str]) -> dict[str, Any]:
@@ -102,15 +135,17 @@ def _would_use(active: str | None) -> dict[str, dict[str, str | None]]:
     kv = resolve_kv()
     return {
         "isa": {"value": active, "why": f"INFEROS_ISA={forced}" if forced else "the fastest this processor runs"},
-        "device": {"value": "cpu", "why": "inferos' attention is a CPU kernel; other providers are not used yet"},
+        "device": {"value": "cpu", "why": "the default; other devices are opt-in: --device, --mode or the policy"},
         "kv": {"value": kv.kv, "why": kv.reason or "the default"},
     }
 
 
-def _show(report: dict[str, Any], out: Any) -> None:
-    def line(name: str, value: object) -> None:
-        out.print(f"{name:<16} {'unknown' if value in (None, '') else value}", markup=False, soft_wrap=True)
+def _line(out: Any, name: str, value: object) -> None:
+    out.print(f"{name:<16} {'unknown' if value in (None, '') else value}", markup=False, soft_wrap=True)
 
+
+def _show(report: dict[str, Any], out: Any) -> None:
+    line = functools.partial(_line, out)
     versions = report["versions"]
     line("versions", ", ".join(f"{name} {version or 'not installed'}" for name, version in versions.items()))
     line("platform", report["platform"])
@@ -122,9 +157,5 @@ def _show(report: dict[str, Any], out: Any) -> None:
     else:
         tried = f"{pages['huge_slabs']} of {pages['slabs']} pieces of a trial arena got them"
         line("huge pages", f"the system says {pages['system'] or 'nothing'}; {tried}")
-    line("providers", ", ".join(report["providers"]) or "none")
-    line("devices", "; ".join(f"{d['type']} {d['vendor']} ({d['provider']})" for d in report["devices"]) or "none")
     for name, use in report["would_use"].items():
         line(f"uses {name}", f"{use['value'] or 'unknown'}: {use['why']}")
-    for check in report["checks"]:
-        line("ok" if check["ok"] else "FAILED", f"{check['name']}: {check['detail']}")

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from inferos.cli import _options, _output, _plan
+from inferos.cli._devices import DeviceOption, HybridOption, ModeOption, as_planned, scheduler_changes, tell
 from inferos.cli._options import (
     DebugOption,
-    DeviceOption,
     DryRunOption,
     JsonOption,
     KvKOption,
@@ -68,7 +68,9 @@ def evaluate(
     ] = 0,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the sampled text and of the questions.")] = 0,
     memory_limit: MemoryLimitOption = None,
-    device: DeviceOption = "auto",
+    mode: ModeOption = None,
+    hybrid_mode: HybridOption = False,
+    device: DeviceOption = None,
     threads: ThreadsOption = 0,
     json_path: JsonOption = None,
     report_path: Annotated[
@@ -83,8 +85,7 @@ def evaluate(
     _options.check_range("--windows", windows, 1, _MOST_WINDOWS)
     chosen = None if tasks is None else _task_list(tasks)
     formats = _options.kv_list(kv, kv_k, kv_v)
-    _options.check_device(device)
-    policy = _options.cache_policy(memory_limit)
+    policy = _options.cache_policy(memory_limit, scheduler=scheduler_changes(mode, hybrid_mode, device))
     _output.check_json_path(json_path)
     _output.check_path("--report", report_path)
     from inferos.runtime.layout import read_layout
@@ -98,8 +99,10 @@ def evaluate(
     asked = _asked(model == REFERENCE_NAME, recall, chosen)
     job = _Job(layout, model, formats, length, windows, given, asked, greedy, seed, policy, threads, report_path)
     if dry_run:
-        _plan.show(_plan.describe(layout, model, job.settings()), json_path)
+        settings = {**job.settings(), **as_planned(policy, "f16")}
+        _plan.show(_plan.describe(layout, model, settings), json_path)
     else:
+        tell(policy)
         job.run(json_path)
 
 

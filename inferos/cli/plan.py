@@ -64,6 +64,8 @@ def plan(
     number = "row" if batch_size == 1 else "rows"
     out.print(f"{tokens} tokens x {batch_size} {number} within {_output.human_bytes(limit)} ({source})", markup=False)
     out.print(_table(rows))
+    pool = _device_pool(layout, tokens, batch_size, policy.io.dml_pool_bytes)
+    out.print(_pool_sentence(pool), markup=False, soft_wrap=True)
     report = {
         "schema": "inferos.memory-plan/1",
         "model": model,
@@ -74,9 +76,38 @@ def plan(
         "batch_size": batch_size,
         "memory_limit": limit,
         "memory_limit_from": source,
+        "device_pool": pool,
         "rows": [{"kv": row.kv, "name": row.name, **row.shown} for row in rows],
     }
     _output.write_json(json_path, report)
+
+
+def _device_pool(layout: ModelLayout, tokens: int, batch: int, pool_bytes: int) -> dict[str, Any]:
+    """What the model's own KV would take on a device whose provider keeps it. With inferos' cache: nothing."""
+    from inferos.devices.pools import plan_pool
+
+    shapes = [(layer.kv_heads, layer.head_dim) for layer in layout.layers]
+    bits = 32 if layout.dtype == "float32" else 16
+    found = plan_pool(shapes, pool_bytes, tokens=tokens, rows=batch, bits=bits)
+    return {
+        "advisory": True,
+        "pool_bytes": pool_bytes,
+        "bits": bits,
+        "ort_values": found.values,
+        "kv_bytes": found.kv_bytes,
+        "fits": found.fits,
+        "longest_context": min(found.longest_context, layout.context_length),
+    }
+
+
+def _pool_sentence(pool: dict[str, Any]) -> str:
+    verdict = "fits" if pool["fits"] else "does not fit"
+    return (
+        f"On a GPU whose provider keeps the cache: {pool['ort_values']} buffers of {pool['bits']} bits a value, "
+        f"{_output.human_bytes(pool['kv_bytes'])}, {verdict} io.dml_pool_bytes "
+        f"{_output.human_bytes(pool['pool_bytes'])} (advisory: ONNX Runtime has no such limit); longest context "
+        f"{pool['longest_context']}. A cache that inferos keeps takes nothing there."
+    )
 
 
 def _rows(word: str, layout: ModelLayout, tokens: int, batch: int, limit: int) -> list[_Row]:

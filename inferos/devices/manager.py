@@ -8,20 +8,15 @@ from functools import cached_property
 from typing import Any
 
 from inferos.config import PRESETS
-from inferos.devices.probe import Device, Found, OrtProbe, Probe
+from inferos.devices.probe import CPU, Device, Found, OrtProbe, Probe
 from inferos.devices.providers import PROVIDERS
-from inferos.errors import ConfigError, ProviderError
+from inferos.errors import ConfigError
 
 __all__ = ["Choice", "DEVICE_WORDS", "DeviceManager"]
 
 DEVICE_WORDS = ("auto", "cpu", "dml", "gpu", "npu")
-# What stands in for a device that is not there, or is no use.
-_NEXT: dict[str, tuple[str, ...]] = {
-    "npu": ("npu", "dml", "cpu"),
-    "dml": ("dml", "cpu"),
-    "gpu": ("dml", "cpu"),
-    "cpu": ("cpu",),
-}
+# Where a device is looked for, one after the other; the processor is last.
+_STEPS: dict[str, tuple[str, ...]] = {"npu": ("npu", "dml"), "dml": ("dml",), "gpu": ("gpu",)}
 _RANK = {name: rank for rank, name in enumerate(PROVIDERS)}
 _DEVICE_PRESETS = ("dml_unavailable", "npu_thermal", "quality_degradation", "memory_pressure")
 
@@ -79,11 +74,8 @@ class DeviceManager:
 
     @property
     def cpu(self) -> Device:
-        """The processor, under ONNX Runtime's own provider. Raises ProviderError without an ONNX Runtime."""
-        for device in self.devices:
-            if device.ep_name == "CPUExecutionProvider":
-                return device
-        raise ProviderError(f"no CPU provider: {'; '.join(self.found.problems) or 'ONNX Runtime lists none'}")
+        """The processor, under ONNX Runtime's own provider. Needs no look at the machine."""
+        return CPU
 
     def of(self, word: str) -> tuple[Device, ...]:
         """Devices that a word means: cpu, npu, dml and gpu (any GPU), auto (all)."""
@@ -91,8 +83,8 @@ class DeviceManager:
         if word == "auto":
             return self.devices
         kind = "gpu" if word == "dml" else word
-        own = [device for device in self.devices if device.word == word]
-        return tuple(dict.fromkeys([*own, *(device for device in self.devices if device.kind == kind)]))
+        own = [device for device in self.devices if device.kind == kind]
+        return tuple(sorted(own, key=lambda device: word == "dml" and device.word != "dml"))
 
     def candidates(self) -> tuple[Device, ...]:
         """Devices that can run a model whose cache is inferos', the processor first."""
@@ -115,21 +107,18 @@ class DeviceManager:
         """
         _check(word)
         refused = list(without)
-        if word == "auto":
-            return Choice(word, self.cpu, "nothing was measured")
+        if word in ("auto", "cpu"):
+            return Choice(word, self.cpu, "nothing was measured" if word == "auto" else "")
         why: list[str] = []
-        for step in _NEXT[word]:
+        for step in _STEPS[word]:
             found = self.of(step)
-            usable = [device for device in found if device.hosts_op and device not in refused]
-            if step == "cpu" and not usable:
-                usable = [self.cpu]
-            if usable:
-                device = usable[0]
-                if word == "dml" and device.kind == "gpu" and device.word != "dml":
-                    why.append("DirectML is not here; this is another provider of the GPU")
-                return Choice(word, device, "; ".join(why))
+            for device in found:
+                if device.hosts_op and device not in refused:
+                    if word == "dml" and device.word != "dml":
+                        why.append("DirectML is not here; this is another provider of the GPU")
+                    return Choice(word, device, "; ".join(why))
             why.append(_why_not(step, found))
-        raise ProviderError(f"choose: nothing is left for {word}")
+        return Choice(word, self.cpu, "; ".join(why))
 
     def detect_npu_capability(self) -> bool:
         """Whether an NPU is here, of use to inferos' cache or not."""
@@ -183,7 +172,7 @@ def _check(word: str) -> None:
 
 
 def _why_not(word: str, found: tuple[Device, ...]) -> str:
-    name = {"npu": "NPU", "dml": "GPU"}[word]
+    name = {"npu": "NPU", "dml": "GPU", "gpu": "GPU"}[word]
     static = next((device for device in found if not device.hosts_op), None)
     if static is not None:
         return f"{static.ep_name} keeps the cache of its own graphs and cannot run one whose cache is inferos'"

@@ -18,7 +18,7 @@ _RECORD = "session.record_ep_graph_assignment_info"
 
 
 def open_on(
-    device: Device | None,
+    device: Device,
     model: bytes | Path,
     options: Any,
     *,
@@ -29,8 +29,7 @@ def open_on(
 
     Parameters
     ----------
-    device : Device, optional
-        The processor unless given.
+    device : Device
     model : bytes or path
     options : onnxruntime.SessionOptions
         Changed in place where the provider needs it.
@@ -51,7 +50,7 @@ def open_on(
     source = model if isinstance(model, bytes) else os.fspath(model)
     if record:
         options.add_session_config_entry(_RECORD, "1")
-    if device is None or device.ep_name == _CPU:
+    if device.ep_name == _CPU:
         return ort.InferenceSession(source, options, providers=[_CPU])
     if not describe_provider(device.ep_name).mem_pattern:
         options.enable_mem_pattern = False

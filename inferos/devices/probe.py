@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from inferos.devices.providers import WHERE, Kind, Where, describe_provider
 
-__all__ = ["Device", "Found", "OrtProbe", "Probe"]
+__all__ = ["CPU", "Device", "Found", "OrtProbe", "Probe"]
 
 _KINDS: dict[str, Kind] = {"CPU": "cpu", "GPU": "gpu", "NPU": "npu"}
 # Packages that bring a provider as a library for any ONNX Runtime: each has get_library_path().
@@ -42,9 +42,16 @@ class Device:
     word: str
     ep_name: str
     kind: Kind
-    vendor: str | None = None
+    vendor: str | None = field(default=None, compare=False)
     entry: Any = field(default=None, repr=False, compare=False)
     options: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """A short name that no other device has."""
+        if self.ep_name == "CPUExecutionProvider":
+            return "cpu"
+        return f"{self.ep_name.removesuffix('ExecutionProvider').lower()}-{self.kind}"
 
     @property
     def hosts_op(self) -> bool:
@@ -60,6 +67,9 @@ class Device:
         """For a person."""
         vendor = f"{self.vendor} " if self.vendor else ""
         return f"{vendor}{self.kind.upper()} ({self.ep_name})"
+
+
+CPU = Device("cpu", "CPUExecutionProvider", "cpu")  # every ONNX Runtime has it
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
-from collections.abc import Iterator
 from collections.abc import Sequence as Collection
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -18,11 +17,12 @@ from inferos.kv import Arena, KVCache, LayerSpec
 from inferos.runtime._ort import ORT_ERRORS, check_ids, chunks
 from inferos.runtime._reviews import QualitySource, Reviews
 from inferos.runtime._runner import open_runner
-from inferos.runtime._trim import FROM_INPUT
+from inferos.runtime._step_inputs import OneToken, step_inputs
 from inferos.runtime.cache_rules import CacheRules
 from inferos.runtime.failover import EngineState, RobustFallbackManager
 from inferos.runtime.failover.steps import StepFailover
-from inferos.runtime.layout import HANDLE_INPUT, LENGTHS_INPUT, TOTAL_INPUT, ModelLayout
+from inferos.runtime.layout import ModelLayout
+from inferos.runtime.placer import Placer
 from inferos.runtime.protocols import Engine, Float32, Ids, Role, TokenSequence
 from inferos.runtime.routes import Routes
 
@@ -35,7 +35,8 @@ class CompressedSession:
     `rules` may be replaced at any time: new sequences are opened by them, and open ones follow from their next review
     on, as far as an open cache can: its sinks, its scorer and a fixed format stay. `measured_delta_ppl` is asked for
     the newest measured delta PPL before a review whose thresholds move. `routes` are the engines that run its steps;
-    one on the CPU unless given; `failover` runs a step on the next one where one fails.
+    one on the CPU unless given, and a `placer` changes their order; `failover` runs a step on the next one where one
+    fails.
 
     Thread-safe over different sequences; a sequence is used by one thread at a time (`BusyError` otherwise).
     """
@@ -48,6 +49,7 @@ class CompressedSession:
         arena: Arena,
         threads: int,
         prefill_chunk: int,
+        iobinding: bool = True,
         routes: Routes | None = None,
         failover: StepFailover | None = None,
     ) -> None:
@@ -56,8 +58,9 @@ class CompressedSession:
         self.prefill_chunk = prefill_chunk
         self.rules = rules
         self.measured_delta_ppl: QualitySource = lambda: None
+        self.placer: Placer | None = None
         self.sequence().close()  # wrong options show here, before the weights are read
-        self.routes = Routes([open_runner(layout, threads=threads)]) if routes is None else routes
+        self.routes = Routes([open_runner(layout, threads=threads, iobinding=iobinding)]) if routes is None else routes
         self.failover = StepFailover(RobustFallbackManager()) if failover is None else failover
 
     @property
@@ -78,7 +81,8 @@ class CompressedSession:
     @property
     def trims(self) -> bool:
         """Whether a prompt gives logits for its last token only."""
-        return bool(self.layout.logits_to_keep) or all(engine.trims for engine in self.routes.prefill)
+        # Engines behind the first may not be open.
+        return bool(self.layout.logits_to_keep) or self.routes.prefill[0].trims
 
     def engine_states(self, role: Role) -> tuple[EngineState, ...]:
         """Engines in the order in which the next step of a role would try them; those that hang come last."""
@@ -127,6 +131,12 @@ class CompressedSession:
         other.sequence().close()
         return other
 
+    def apart(self, engine: Engine) -> CompressedSession:
+        """The same model on one engine alone, over uncompressed caches that take nothing from this session's budget."""
+        other = self.beside(kv="f16")
+        other.routes = Routes([engine])
+        return other
+
     def step(self, sequences: Collection[TokenSequence], ids: Ids) -> Float32:
         """One token for each sequence, in one run; see `DecoderSession.step`.
 
@@ -154,7 +164,7 @@ class CompressedSession:
             last: Float32 = logits[:, -1].astype(np.float32, copy=False)
             return last
 
-    def run(self, turns: list[Turn], ids: Ids, *, keep_all: bool = False) -> npt.NDArray[Any]:
+    def run(self, turns: Collection[Turn], ids: Ids, *, keep_all: bool = False) -> npt.NDArray[Any]:
         """Logits (rows, tokens, vocab_size) of one run over ids (rows, tokens). Commits nothing.
 
         Unless `keep_all`, those of all but the last token may be left out. Several tokens of a prompt are prefill;
@@ -166,7 +176,7 @@ class CompressedSession:
             What failed inside the cache; ProviderError for everything else. The step is dropped.
         """
         role: Role = "decode" if keep_all or ids.shape[1] == 1 else "prefill"
-        step = _Step(self.layout, turns, ids, keep_all=keep_all)
+        step = _Step(self.layout, turns, ids, keep_all)
         engines = self.routes.of(role)
         if len(engines) > 1:
             return self.failover.run(engines, step)
@@ -179,30 +189,21 @@ class CompressedSession:
 class _Step:
     """A `Step` of rows that are in use; ids (rows, tokens)."""
 
-    def __init__(self, layout: ModelLayout, turns: list[Turn], ids: Ids, *, keep_all: bool) -> None:
+    __slots__ = ("_ids", "_keep_all", "_layout", "_turns")
+
+    def __init__(self, layout: ModelLayout, turns: Collection[Turn], ids: Ids, keep_all: bool) -> None:
         self._layout = layout
         self._turns = turns
         self._ids = ids
         self._keep_all = keep_all
 
     def feeds(self, engine: Engine) -> dict[str, npt.NDArray[Any]]:
-        layout, turns, ids = self._layout, self._turns, self._ids
-        past = np.array([turn.past for turn in turns])
-        totals = past + ids.shape[1]
-        feeds: dict[str, npt.NDArray[Any]] = {
-            layout.input_ids: ids,
-            LENGTHS_INPUT: totals - 1,
-            TOTAL_INPUT: totals.max(),
-            HANDLE_INPUT: np.array([turn.handle for turn in turns]),
-            FROM_INPUT: np.array([0 if self._keep_all else ids.shape[1] - 1]),
-        }
-        if layout.position_ids:
-            feeds[layout.position_ids] = past[:, None] + np.arange(ids.shape[1])
-        if layout.logits_to_keep:
-            feeds[layout.logits_to_keep] = np.array(0 if self._keep_all else 1)
-        if layout.attention_mask in engine.types:  # something besides attention reads it
-            feeds[layout.attention_mask] = np.arange(totals.max()) < totals[:, None]
-        return feeds
+        turns, ids = self._turns, self._ids
+        if ids.size == 1:
+            turn = turns[0]
+            return turn.sequence.one_token().fill(engine, turn.past, turn.handle, ids[0, 0])
+        past, handles = [turn.past for turn in turns], [turn.handle for turn in turns]
+        return step_inputs(engine, self._layout, past, handles, ids, keep_all=self._keep_all)
 
     def typed(self, error: Exception) -> InferosError:
         return _typed(self._turns, error)
@@ -215,11 +216,19 @@ class _Step:
 class Turn:
     """One use of a sequence, from taking it to the commit or the rollback; void once the sequence is abandoned."""
 
-    def __init__(self, sequence: CompressedSequence, cache: KVCache) -> None:
+    __slots__ = ("cache", "handle", "past", "sequence")
+
+    def __init__(self, sequence: CompressedSequence) -> None:
         self.sequence = sequence
-        self.cache = cache
-        self.handle = cache.handle
-        self.past = cache.length
+        self.cache = sequence.cache
+        self.handle = self.past = 0
+
+    def __enter__(self) -> Self:
+        self.sequence.take(self)
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self.sequence.give_back(self, failed=kind is not None)
 
 
 class CompressedSequence:
@@ -230,6 +239,7 @@ class CompressedSequence:
         self.cache = cache
         self.reviews = reviews
         self._turn: Turn | None = None
+        self._one_token: OneToken | None = None
         self._guard = threading.Lock()  # over _turn and what is done on its strength; never held while the model runs
 
     @property
@@ -249,8 +259,7 @@ class CompressedSequence:
 
     def feed(self, ids: Ids) -> Float32:
         """Logits (vocab_size,) after the last id. See `TokenSequence.feed`."""
-        last: Float32 = self._feed(ids, keep_all=False)[-1]
-        return last
+        return self._feed_one(ids) if np.asarray(ids).size == 1 else self._feed(ids, keep_all=False)[-1]
 
     def feed_all(self, ids: Ids) -> Float32:
         """Logits (tokens, vocab_size) after each id. See `TokenSequence.feed_all`."""
@@ -286,26 +295,35 @@ class CompressedSequence:
         """
         with self._guard:
             self._turn = None
+            self._one_token = None  # the run may still read it
             self.cache.abandon()
 
-    @contextlib.contextmanager
-    def turn(self) -> Iterator[Turn]:
-        """Exclusive use. Rolls an open step back where the body fails."""
+    def turn(self) -> Turn:
+        """Exclusive use, in a ``with`` block; one that fails rolls the open step back. BusyError on entering."""
+        return Turn(self)
+
+    def take(self, turn: Turn) -> None:
+        """Begin a turn."""
         with self._guard:
             if self._turn is not None:
                 raise BusyError("the sequence is in use by another call")
-            turn = self._turn = Turn(self, self.cache)
-        try:
-            yield turn
-        except BaseException:
-            with self._guard:
-                if self._turn is turn:
-                    self.cache.rollback()
-            raise
-        finally:
-            with self._guard:
-                if self._turn is turn:
-                    self._turn = None
+            turn.handle, turn.past = self.cache.handle, self.cache.length  # ClosedError: no turn has begun
+            self._turn = turn
+
+    def give_back(self, turn: Turn, *, failed: bool) -> None:
+        """End a turn, if it still is one."""
+        with self._guard:
+            if self._turn is not turn:
+                return
+            self._turn = None
+            if failed:
+                self.cache.rollback()
+
+    def one_token(self) -> OneToken:
+        """The arrays that feed a step of one token."""
+        if self._one_token is None:
+            self._one_token = OneToken(self.session.layout)
+        return self._one_token
 
     def holds(self, turn: Turn) -> bool:
         """Whether the turn may still write."""
@@ -315,6 +333,7 @@ class CompressedSequence:
         """Go on with the turn under a new handle, at the committed length; a run under the old one cannot write."""
         with self._guard:
             if self._turn is turn:  # else closed or abandoned, which does the same
+                self._one_token = None  # the run may still read it
                 self.cache.abandon()
                 turn.handle = self.cache.handle
 
@@ -325,6 +344,16 @@ class CompressedSequence:
                 raise ClosedError("the sequence was closed or abandoned while the model ran")
             self.cache.commit()
             turn.past = self.cache.length
+
+    def _feed_one(self, ids: Ids) -> Float32:
+        session = self.session
+        with self.turn() as turn:
+            token = check_ids(ids, session.layout, turn.past)
+            self.reviews.before_step(turn.cache, 1, session.rules)
+            logits = session.run((turn,), token.reshape(1, 1))
+            self.commit(turn)
+            last: Float32 = logits[0, -1].astype(np.float32, copy=False)
+            return last
 
     def _feed(self, ids: Ids, *, keep_all: bool) -> Float32:
         session = self.session
@@ -339,11 +368,13 @@ class CompressedSequence:
                     self.reviews.before_step(turn.cache, len(chunk), session.rules)
                     logits = session.run([turn], chunk[None, :], keep_all=keep_all)[0]
                     self.commit(turn)
-                    rows.append((logits if keep_all else logits[-1:]).astype(np.float32))
+                    # Of many logits one row is kept, not a view that keeps all of them.
+                    kept = logits if keep_all or len(logits) == 1 else logits[-1:].copy()
+                    rows.append(kept.astype(np.float32, copy=False))
             except BaseException:
                 self._undo(turn, start)
                 raise
-        return np.concatenate(rows) if keep_all else rows[-1]
+        return np.concatenate(rows) if len(rows) > 1 and keep_all else rows[-1]
 
     def _undo(self, turn: Turn, start: int) -> None:
         """Drop the chunks that were committed before one failed."""
@@ -370,7 +401,7 @@ def _commit(turns: list[Turn]) -> None:
         raise
 
 
-def _typed(turns: list[Turn], error: Exception) -> InferosError:
+def _typed(turns: Collection[Turn], error: Exception) -> InferosError:
     """The error that the op kept on a handle; ONNX Runtime itself only passes on its text."""
     if not all(turn.sequence.holds(turn) for turn in turns):
         return ClosedError("the sequence was closed or abandoned while the model ran")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ import numpy.typing as npt
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as _native
 
+from inferos.devices.opening import open_on
+from inferos.devices.probe import CPU, Device
 from inferos.errors import ContextError, ModelError, ShapeError
 from inferos.runtime.layout import ModelLayout
 from inferos.runtime.protocols import Ids
@@ -60,8 +61,8 @@ def session_options(threads: int, *, spinning: bool = False) -> Any:
     return options
 
 
-def open_ort(model: bytes | Path, options: Any, folder: Path) -> Any:
-    """An ``onnxruntime.InferenceSession`` on the CPU.
+def open_ort(model: bytes | Path, options: Any, folder: Path, device: Device = CPU) -> Any:
+    """An ``onnxruntime.InferenceSession``.
 
     Parameters
     ----------
@@ -69,6 +70,7 @@ def open_ort(model: bytes | Path, options: Any, folder: Path) -> Any:
         A serialised graph, or the file that holds it.
     folder : pathlib.Path
         Where external data lies; a graph given as bytes has no place of its own.
+    device : Device
 
     Raises
     ------
@@ -77,11 +79,11 @@ def open_ort(model: bytes | Path, options: Any, folder: Path) -> Any:
     """
     if isinstance(model, bytes):
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
-    source = model if isinstance(model, bytes) else os.fspath(model)
     try:
-        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        return open_on(device, model, options)
     except ORT_ERRORS as error:
-        raise ModelError(f"ONNX Runtime {ort.__version__} cannot open the model: {error}") from error
+        where = "" if device == CPU else f" on {device.ep_name}"
+        raise ModelError(f"ONNX Runtime {ort.__version__} cannot open the model{where}: {error}") from error
 
 
 def input_types(session: Any) -> dict[str, type[np.generic]]:
@@ -100,6 +102,9 @@ def check_ids(ids: npt.ArrayLike, layout: ModelLayout, length: int) -> Ids:
         If `length` tokens and these are more than the model's context.
     """
     array = np.asarray(ids)
+    one = array.shape == (1,) and array.dtype == np.int64  # a step of decoding: without temporaries
+    if one and length < layout.context_length and 0 <= array.item() < layout.vocab_size:
+        return array
     if array.ndim != 1 or array.size == 0 or not np.issubdtype(array.dtype, np.integer):
         raise ShapeError(f"feed: ids are {array.dtype} of shape {array.shape}; wanted (tokens,) integers, at least one")
     low, high = int(array.min()), int(array.max())

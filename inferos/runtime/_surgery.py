@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 
 from inferos.errors import UnsupportedError
 from inferos.runtime._graph import OUR_DOMAIN, OUR_OP, AttentionNode, tensor_shape, uses
-from inferos.runtime.forms import GraphIndex
+from inferos.runtime.forms import GraphIndex, in_order
 from inferos.runtime.forms.base import Call, call_of
 from inferos.runtime.layout import HANDLE_INPUT
 
@@ -41,7 +41,7 @@ def tensors_alive(nodes: list[onnx.NodeProto], outputs: Iterable[str]) -> set[st
 
 def drop_dead(graph: onnx.GraphProto, alive_before: set[str]) -> None:
     """Remove what a rewrite orphaned; what was unused before stays as the export had it."""
-    alive = tensors_alive(list(graph.node), (value.name for value in graph.output))
+    alive = tensors_alive(in_order(graph.node), (value.name for value in graph.output))
     dead = alive_before - alive
     keep(graph.node, lambda node: not dead & set(node.output) or bool(alive & set(node.output)))
     for field in (graph.input, graph.initializer, graph.value_info):
@@ -66,8 +66,6 @@ class Surgery:
     nodes : list of NodeProto
     constants : list of TensorProto
         To be added to the graph's.
-    shared_positions : bool
-        Whether something besides attention asks for the length of the past, one for all rows.
     """
 
     def __init__(self, model: onnx.ModelProto, found: tuple[AttentionNode, ...], lengths: str, total: str) -> None:
@@ -80,7 +78,7 @@ class Surgery:
         first = found[0].call
         self._rows_total = total or (first.total if first is not None and first.total else MASK_TOTAL)
         self._replace()
-        self.shared_positions = self._answer_shapes()
+        self._answer_shapes()
 
     def constant(self, name: str, values: list[int]) -> str:
         """An int64 vector."""
@@ -184,7 +182,7 @@ class Surgery:
             helper.make_node("Cast", [f"{root}/scalar"], [MASK_TOTAL], name=MASK_TOTAL, to=TensorProto.INT32),
         ]  # fmt: skip
 
-    def _answer_shapes(self) -> bool:
+    def _answer_shapes(self) -> None:
         """Let what asks for the shape of a past, or of past and new tokens together, ask our lengths instead."""
         extents = self._extents()
         presents = {name for found in self.found for name in (found.present_key, found.present_value)}
@@ -198,13 +196,11 @@ class Surgery:
         made = self._without_remains(asked, alive, set(extents))
         if not asked:
             self.nodes = made
-            return False
-        shared = any(self._wants_length(self.nodes[at], alive) for at in asked)
+            return
         start = next((at + 1 for at, node in enumerate(made) if self._rows_total in node.output), 0)
         self.nodes = [*made[:start], *self._extent_nodes(), *made[start:]]
         if any(node in asked.values() for node in made[:start]):
             raise UnsupportedError("rewrite: the shape of the past is asked for before the lengths are known")
-        return shared
 
     def _without_remains(
         self, asked: dict[int, onnx.NodeProto], alive: set[str], gone: set[str]
@@ -227,38 +223,13 @@ class Surgery:
             for past, present in ((found.past_key, found.present_key), (found.past_value, found.present_value)):
                 known[past] = ("inferos/batch", heads, "inferos/past", size)
                 known[present] = ("inferos/batch", heads, "inferos/total", size)
-                for at in self.index.readers.get(past, []):
-                    node = self.index.nodes[at]
-                    if node.op_type == "Concat" and node.output[0] not in known:
-                        known[node.output[0]] = known[present]
+                known.update((name, known[present]) for name in call_of(found).joined)
         return known
 
     def _answer(self, node: onnx.NodeProto, extents: tuple[str, ...]) -> onnx.NodeProto:
         ends = {attribute.name: attribute.i for attribute in node.attribute}
         parts = extents[ends.get("start", 0) : ends.get("end")]
         return helper.make_node("Concat", list(parts), [node.output[0]], name=f"{node.output[0]}/inferos", axis=0)
-
-    def _wants_length(self, node: onnx.NodeProto, alive: set[str]) -> bool:
-        """Whether a live reader of a shape takes the number of tokens from it."""
-        ends = {attribute.name: attribute.i for attribute in node.attribute}
-        axis = 2 - (ends.get("start", 0) % 4)
-        for reader in self.nodes:
-            if node.output[0] not in reader.input or not alive & set(reader.output):
-                continue
-            number = self._number(reader.input[1]) if reader.op_type == "Gather" else None
-            if number is None or number == axis or number == axis - 4:
-                return True
-        return False
-
-    def _number(self, name: str) -> int | None:
-        tensor = self.index.constants.get(name)
-        maker = self.index.maker(name)
-        if tensor is None and maker is not None and maker.op_type == "Constant":
-            tensor = next((a.t for a in maker.attribute if a.name == "value"), None)
-        if tensor is None or tensor.external_data:
-            return None
-        values = onnx.numpy_helper.to_array(tensor).ravel()
-        return int(values[0]) if values.size == 1 else None
 
     def _extent_nodes(self) -> list[onnx.NodeProto]:
         ids = next(

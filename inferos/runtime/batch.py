@@ -22,6 +22,7 @@ from inferos.runtime.generate import Generation
 from inferos.runtime.prompts import DEFAULT_MAX_TOKENS, GenerateOptions, Prompt
 from inferos.runtime.protocols import DecoderSession, Float32
 from inferos.runtime.run import Run
+from inferos.runtime.sampler import MAX_SEED
 from inferos.runtime.stop_texts import Token
 
 if TYPE_CHECKING:
@@ -81,6 +82,11 @@ class Row(Run):
     def decodes(self) -> bool:
         """Whether it waits for one token to be fed."""
         return self.asked is not None and len(self.asked.ids) == 1 and not self.asked.all_logits
+
+    @property
+    def checks(self) -> bool:
+        """Whether it waits for a draft to be fed, after which every logit counts: a run of its own."""
+        return self.asked is not None and self.asked.all_logits
 
     def begin(self) -> None:
         """Run the loop to its first request."""
@@ -238,12 +244,16 @@ class BatchDecoder:
     def _step(self) -> None:
         self._admit()
         decoding = [row for row in self._rows if row.decodes]
-        prompts = [row for row in self._rows if row.asked is not None and not row.decodes]
-        if decoding:
-            began = self.seconds()
+        checking = [row for row in self._rows if row.checks]
+        prompts = [row for row in self._rows if not row.decodes and not row.checks]
+        if decoding or checking:
+            loops = [row.loop for row in (*decoding, *checking)]
+            began, before = self.seconds(), sum(loop.decode_tokens for loop in loops)
             self._decode(decoding)
+            for row in checking:
+                row.feed_alone()
             self.decode_seconds += self.seconds() - began
-            self.decode_tokens += len(decoding)
+            self.decode_tokens += sum(loop.decode_tokens for loop in loops) - before
         self._feed_pieces(prompts)
         self.sweep()
 
@@ -255,8 +265,9 @@ class BatchDecoder:
             row.begin()
 
     def _decode(self, rows: Sequence[Row]) -> None:
-        if len(rows) == 1:
-            rows[0].feed_alone()
+        if len(rows) < 2:
+            for row in rows:
+                row.feed_alone()
             return
         ids = np.array([row.asked.ids[0] for row in rows if row.asked is not None], dtype=np.int64)
         try:
@@ -276,10 +287,10 @@ class BatchDecoder:
                 row.answer(own)
 
     def _feed_pieces(self, rows: Sequence[Row]) -> None:
-        """What is no decode step, the row that came first before the others, until the tokens of a step are spent."""
+        """Prompts, of the row that came first before the others', until the tokens of a step are spent."""
         left = self._prefill_tokens
         for row in rows:
-            while row.asked is not None and not row.decodes and left > 0:
+            while row.asked is not None and not row.decodes and not row.checks and left > 0:
                 left -= len(row.asked.ids)
                 row.feed_alone()
 
@@ -402,6 +413,22 @@ class Batch:
         self._rows.append(row)
         self._generations.append(generation)
         return generation
+
+    def add_all(
+        self, prompts: Sequence[Prompt], max_tokens: int = DEFAULT_MAX_TOKENS, **options: Unpack[GenerateOptions]
+    ) -> None:
+        """Several rows with the same options, or none if one of them is refused; number i draws with seed + i."""
+        first = options.get("seed")
+        added = []
+        try:
+            for number, prompt in enumerate(prompts):
+                if isinstance(first, int):
+                    options["seed"] = (first + number) & MAX_SEED
+                added.append(self.add(prompt, max_tokens, **options))
+        except BaseException:
+            for row in added:
+                row.close()
+            raise
 
     def close(self) -> None:
         """End every row. Closing twice does nothing."""

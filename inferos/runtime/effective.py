@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from inferos.config import Policy, Thresholds
+from inferos.devices.placement import Placement
 from inferos.kv.policy import PolicyVersion
 from inferos.runtime.cache_rules import CacheRules
 
@@ -42,7 +43,13 @@ class EffectivePolicy:
 
 
 def describe_policy(
-    version: PolicyVersion, first: Policy, rules: CacheRules | None, *, word: str, budget_bytes: int | None
+    version: PolicyVersion,
+    first: Policy,
+    rules: CacheRules | None,
+    *,
+    word: str,
+    budget_bytes: int | None,
+    placement: Placement | None = None,
 ) -> EffectivePolicy:
     """Compare a policy with what a session does.
 
@@ -58,10 +65,12 @@ def describe_policy(
         The `--kv` word of the model.
     budget_bytes : int, optional
         Of the arena, 0 = no limit; None where there is no arena.
+    placement : Placement, optional
+        The devices in force; None where the session runs on the processor and nowhere else.
     """
     policy = version.policy
     requested = policy.requested()
-    notes = [*_cache_notes(policy, first, rules, word), *_device_notes(requested)]
+    notes = [*_cache_notes(policy, first, rules, word), *_device_notes(requested, placement)]
     wanted = requested.get("io", {}).get("host_pool_bytes")
     if wanted is not None and budget_bytes is not None and wanted != budget_bytes:
         notes.append(
@@ -70,7 +79,11 @@ def describe_policy(
     effective = {
         "kv": None if rules is None else _shown(rules),
         "io": {"host_pool_bytes": budget_bytes or None},
-        "scheduler": {"prefill_device": "cpu", "decode_device": "cpu"},
+        "scheduler": {
+            "mode": None if placement is None else placement.mode,
+            "prefill_device": "cpu" if placement is None else placement.prefill.device.word,
+            "decode_device": "cpu" if placement is None else placement.decode.device.word,
+        },
         "quality": {"max_delta_ppl": policy.resolve().max_delta_ppl},
     }
     return EffectivePolicy(version.version, version.reason, requested, effective, tuple(notes))
@@ -111,9 +124,12 @@ def _cache_notes(policy: Policy, first: Policy, rules: CacheRules | None, word: 
     return notes
 
 
-def _device_notes(requested: Mapping[str, Any]) -> list[str]:
-    notes = []
-    for name, value in requested.get("scheduler", {}).items():
-        if name.endswith("_device") and value not in ("cpu", "auto"):
-            notes.append(f"scheduler.{name}: cpu (requested {value}: this session runs on the CPU provider)")
-    return notes
+def _device_notes(requested: Mapping[str, Any], placement: Placement | None) -> list[str]:
+    if placement is not None:
+        choices = (("prefill_device", placement.prefill), ("decode_device", placement.decode))
+        return [f"scheduler.{name}: {choice.describe()}" for name, choice in choices if choice.reason]
+    return [
+        f"scheduler.{name}: cpu (requested {value}: this session runs on the CPU provider)"
+        for name, value in requested.get("scheduler", {}).items()
+        if value not in ("cpu", "auto", "hybrid")
+    ]

@@ -13,12 +13,10 @@ from typing import Any
 __all__ = [
     "HugePages",
     "cpu_name",
-    "devices",
     "environment",
     "huge_pages",
     "isas",
     "platform_name",
-    "providers",
     "versions",
 ]
 
@@ -83,33 +81,6 @@ def isas() -> tuple[str, tuple[str, ...]]:
     from inferos.kv import kernels
 
     return kernels.active_isa(), tuple(kernels.runnable_isas())
-
-
-def providers() -> tuple[str, ...]:
-    """Execution providers of the installed ONNX Runtime; none without one."""
-    try:
-        import onnxruntime
-    except ImportError:
-        return ()
-    return tuple(onnxruntime.get_available_providers())
-
-
-def devices() -> tuple[dict[str, str], ...]:
-    """Devices that ONNX Runtime sees, with the provider that would run them."""
-    try:
-        import onnxruntime
-
-        found = onnxruntime.get_ep_devices()
-    except (ImportError, AttributeError):
-        return ()
-    return tuple(
-        {
-            "provider": str(entry.ep_name),
-            "type": str(entry.device.type).rpartition(".")[2],
-            "vendor": str(entry.device.vendor),
-        }
-        for entry in found
-    )
 
 
 def huge_pages() -> HugePages:

@@ -16,6 +16,7 @@ from typing import Any, Self, TypeVar, Unpack, overload
 import numpy as np
 
 from inferos.config import Policy, check_kv, load_policy, parse_size
+from inferos.devices.placement import Placement, asked_for
 from inferos.errors import ClosedError, ConfigError, ContextError, ModelError
 from inferos.kv.policy import PolicyStore, PolicyVersion
 from inferos.runtime.batch import MAX_ROWS, Batch, BatchDecoder
@@ -38,7 +39,7 @@ from inferos.runtime.prompts import (
 )
 from inferos.runtime.protocols import DecoderSession, FollowsRules, Ids, RequestObserver, Role
 from inferos.runtime.run import Alone, Run
-from inferos.runtime.sampler import MAX_SEED, Sampler, SamplingOptions
+from inferos.runtime.sampler import Sampler, SamplingOptions
 from inferos.runtime.speculation import PromptLookup, SpeculationGate
 from inferos.runtime.stop_texts import check_stops
 from inferos.runtime.tokenizer import TextTokenizer, read_json
@@ -254,7 +255,39 @@ class Model:
             getattr(self.session, "rules", None),
             word=self._word,
             budget_bytes=None if arena is None else arena.stats().budget_bytes,
+            placement=self.placement,
         )
+
+    @property
+    def placement(self) -> Placement | None:
+        """The devices that prefill and decode, and why; None where the session runs on the processor only."""
+        placer = getattr(self.session, "placer", None)
+        return None if placer is None else placer.placement
+
+    def place(self, *, prefill: str | None = None, decode: str | None = None, reason: str = "placed") -> int:
+        """Move prefill or decode to another device, from the next step on; the new policy's number.
+
+        The same as setting `scheduler.mode` hybrid and its devices in the policy. Sequences that are open go on with
+        the caches they have.
+
+        Parameters
+        ----------
+        prefill, decode : str, optional
+            cpu, gpu, dml, npu or auto; one that is not given stays.
+        reason : str
+            For the history.
+
+        Raises
+        ------
+        ConfigError
+            If a word is unknown.
+        """
+        changes = {"mode": "hybrid"}
+        _, *words = asked_for(self.policy)
+        for name, word, now in (("prefill_device", prefill, words[0]), ("decode_device", decode, words[1])):
+            wanted = now if word is None else word
+            changes[name] = "dml" if wanted == "gpu" else wanted
+        return self.set_policy({"scheduler": changes}, reason)
 
     def engine_states(self) -> dict[Role, tuple[EngineState, ...]]:
         """Who runs prefill and decode: the engines as the next step would try them, those that were left with the reason.
@@ -354,21 +387,14 @@ class Model:
         ClosedError
             If the model is closed.
         """
-        if not are_prompts(prompt):
-            generation = Generation(Alone(self._begin(Run, self._clock, prompt, max_tokens, **options)))  # type: ignore[arg-type]
-            self._track(generation)
-            return generation
-        batch = self.batch()
-        first = options.get("seed")
-        try:
-            for number, one in enumerate(prompt):
-                if isinstance(first, int):
-                    options["seed"] = (first + number) & MAX_SEED
-                batch.add(one, max_tokens, **options)
-        except BaseException:
-            batch.close()  # now: the traceback holds it
-            raise
-        return batch
+        if are_prompts(prompt):
+            batch = self.batch()
+            batch.add_all(prompt, max_tokens, **options)
+            return batch
+        run = self._begin(Run, self._clock, prompt, max_tokens, **options)  # type: ignore[arg-type]
+        generation = Generation(Alone(run))
+        self._track(generation)
+        return generation
 
     def batch(self, max_rows: int = MAX_ROWS) -> Batch:
         """An empty batch, to which prompts with options of their own are added, also while others decode.
@@ -493,6 +519,9 @@ class Model:
         if not isinstance(self.session, FollowsRules):
             return
         rules = CacheRules.of(policy, len(self.session.layout.layers), self._word)
+        placer = getattr(self.session, "placer", None)
+        if placer is not None:
+            placer.follow(policy)
         # What may change again is reviewed: an open cache of a fixed format could not follow.
         self.session.rules = replace(rules, kv="auto") if self._word == "auto" else rules
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -55,7 +55,7 @@ def are_messages(prompt: Any) -> bool:
     )
 
 
-def are_prompts(prompt: Any) -> bool:
+def are_prompts(prompt: Any) -> TypeGuard[Sequence[Prompt]]:
     """Whether it is a list or tuple of prompts: its first item is a text or has items itself, and is no message."""
     first = prompt[0] if isinstance(prompt, list | tuple) and prompt else None
     return isinstance(first, str | list | tuple | np.ndarray)

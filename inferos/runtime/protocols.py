@@ -46,10 +46,25 @@ class Engine(Protocol):
         Numpy types of the inputs that its graph has.
     """
 
-    name: str
-    device: str
-    trims: bool
-    types: dict[str, type[np.generic]]
+    @property
+    def name(self) -> str:
+        """See above."""
+        ...
+
+    @property
+    def device(self) -> str:
+        """See above."""
+        ...
+
+    @property
+    def trims(self) -> bool:
+        """See above."""
+        ...
+
+    @property
+    def types(self) -> Mapping[str, type[np.generic]]:
+        """See above."""
+        ...
 
     def run(self, feeds: Mapping[str, npt.NDArray[Any]], *, run_options: Any = None) -> npt.NDArray[Any]:
         """Logits (rows, tokens, vocab_size) of one step; what the graph has no input for is not fed.

@@ -17,7 +17,6 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +37,7 @@ from inferos.runtime._graph import (
     tensor_shape,
 )
 from inferos.runtime._surgery import MASK_LENGTHS, MASK_TOTAL, Surgery, drop_dead, keep, tensors_alive
+from inferos.runtime.forms import SHARED_POSITIONS_KEY, in_order
 from inferos.runtime.layout import (
     CONFIG_NAME,
     HANDLE_INPUT,
@@ -54,7 +54,6 @@ _LENGTHS, _TOTAL = 3, 4  # positions of the lengths among our op's inputs
 _VERSION = "1"  # of the rewritten form; part of the marker, so that a newer inferos writes a folder again
 _VERSION_KEY = "inferos.rewrite"
 _LAYERS_KEY = "inferos.layers"
-SHARED_POSITIONS_KEY = "inferos.shared_positions"  # metadata: all rows of a run have the same length
 _MARKER = "inferos_rewrite.json"
 HOSTS = ("genai",)
 # Files beside the model that a loader or a tokenizer reads.
@@ -138,7 +137,7 @@ def rewrite_in_place(model: onnx.ModelProto, *, head_dim: int | None = None, sca
         model.graph, ({HANDLE_INPUT} if stock else set()) | ({LENGTHS_INPUT, TOTAL_INPUT} if lengths else set())
     )
     graph = model.graph
-    alive = tensors_alive(list(graph.node), (value.name for value in graph.output))
+    alive = tensors_alive(in_order(graph.node), (value.name for value in graph.output))
     if stock:
         _replace_attention(model, nodes, lengths=lengths)
     else:
@@ -164,7 +163,7 @@ def _replace_attention(model: onnx.ModelProto, nodes: tuple[AttentionNode, ...],
     graph.input.append(helper.make_tensor_value_info(HANDLE_INPUT, TensorProto.INT64, [_batch(graph)]))
     if not any(opset.domain == OUR_DOMAIN for opset in model.opset_import):
         model.opset_import.append(helper.make_opsetid(OUR_DOMAIN, 1))
-    _add_metadata(model, nodes, shared_positions=surgery.shared_positions)
+    _add_metadata(model, nodes)
 
 
 def _add_lengths(graph: onnx.GraphProto) -> None:
@@ -206,12 +205,12 @@ def _batch(graph: onnx.GraphProto) -> int | str | None:
     return next((shape[0] for shape in shapes if len(shape) == 2), "batch_size")
 
 
-def _add_metadata(model: onnx.ModelProto, nodes: Iterable[AttentionNode], *, shared_positions: bool) -> None:
+def _add_metadata(model: onnx.ModelProto, nodes: tuple[AttentionNode, ...]) -> None:
     layers = [
         {"name": n.name, "kv_heads": n.kv_heads, "head_dim": n.head_dim, "local_window_size": n.window} for n in nodes
     ]
-    entries = {_VERSION_KEY: _VERSION, DTYPE_KEY: next(iter(nodes)).dtype, _LAYERS_KEY: json.dumps(layers)}
-    if shared_positions:
+    entries = {_VERSION_KEY: _VERSION, DTYPE_KEY: nodes[0].dtype, _LAYERS_KEY: json.dumps(layers)}
+    if nodes[0].shared_positions:
         entries[SHARED_POSITIONS_KEY] = "1"
     keep(model.metadata_props, lambda entry: entry.key not in entries)
     for key, value in entries.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from typing import Protocol
@@ -74,7 +75,8 @@ class Run:
         """It is over: by itself, cancelled, or by an error. The figures stay. Ending twice does nothing."""
         if self.ended:
             return
-        self.steps.close()
+        with contextlib.suppress(InferosError):  # tokens drawn ahead are taken back, unless the cache is gone
+            self.steps.close()
         if error is None:
             self.loop.reason = self.loop.reason or "cancelled"
         self.error = error

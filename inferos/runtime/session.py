@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from inferos.config import Policy, Thresholds
 from inferos.errors import ConfigError, UnsupportedError
 from inferos.runtime.cache_rules import CacheRules
 from inferos.runtime.layout import ModelLayout, read_layout
 from inferos.runtime.protocols import DecoderSession
+
+if TYPE_CHECKING:
+    from inferos.devices.manager import DeviceManager
 
 __all__ = ["open_by_policy", "open_session"]
 
@@ -25,8 +29,11 @@ def open_session(
     thresholds: tuple[float, float, float] = (1.0, 0.7, 0.3),
     l2_format: str = "auto",
     rules: CacheRules | None = None,
+    policy: Policy | None = None,
+    devices: DeviceManager | None = None,
+    iobinding: bool = True,
 ) -> DecoderSession:
-    """Open a decoder model on the CPU.
+    """Open a decoder model, on the CPU unless a policy asks for other devices.
 
     Parameters
     ----------
@@ -52,6 +59,12 @@ def open_session(
     rules : CacheRules, optional
         All of it about the caches; kv (unless it is off), recent_window, sink_tokens, thresholds and l2_format are not
         looked at then.
+    policy : Policy, optional
+        Its `scheduler` places prefill and decode; the rest is not looked at.
+    devices : DeviceManager, optional
+        Where devices come from; this machine's unless given.
+    iobinding : bool
+        Whether the arrays of a decode step are bound once and used again.
 
     Returns
     -------
@@ -89,9 +102,25 @@ def open_session(
 
     if rules is None:
         rules = CacheRules(kv, recent_window, sink_tokens, Thresholds(*thresholds), l2_format)
-    return CompressedSession(
-        layout, rules=rules, arena=Arena(budget_bytes), threads=threads, prefill_chunk=prefill_chunk
+    from inferos.runtime._runner import open_runner
+    from inferos.runtime.placer import Placer
+
+    placer = Placer(
+        lambda device: open_runner(layout, threads=threads, device=device, iobinding=iobinding),
+        layout.input_ids,
+        manager=devices,
     )
+    session = CompressedSession(
+        layout,
+        rules=rules,
+        arena=Arena(budget_bytes),
+        threads=threads,
+        prefill_chunk=prefill_chunk,
+        routes=placer.routes,
+    )
+    session.placer = placer
+    placer.serve(session, policy or Policy())
+    return session
 
 
 def open_by_policy(
@@ -102,6 +131,7 @@ def open_by_policy(
     budget_bytes: int | None = None,
     threads: int = 0,
     prefill_chunk: int = 512,
+    devices: DeviceManager | None = None,
 ) -> DecoderSession:
     """Open a decoder model whose caches are kept as a policy says.
 
@@ -113,7 +143,7 @@ def open_by_policy(
     policy : Policy
     budget_bytes : int, optional
         `io.host_pool_bytes` unless given; 0 = no limit.
-    threads, prefill_chunk : int
+    threads, prefill_chunk, devices
         As `open_session`.
 
     Raises
@@ -128,7 +158,10 @@ def open_by_policy(
         layout,
         kv="off" if kv == "off" else "auto",
         rules=CacheRules.of(policy, len(layout.layers), kv),
+        policy=policy,
+        devices=devices,
         budget_bytes=policy.io.host_pool_bytes if budget_bytes is None else budget_bytes,
         threads=threads,
         prefill_chunk=prefill_chunk,
+        iobinding=policy.io.enable_iobinding,
     )

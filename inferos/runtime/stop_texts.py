@@ -43,6 +43,8 @@ class StopTail:
 
     def add(self, token: Token, pending: bool) -> list[Token]:
         """Tokens that are certain now. `pending`: the text of the newest is not complete."""
+        if not (self._stops or self._held or pending):  # nothing can be uncertain
+            return [token]
         self._held.append(token)
         text = "".join(held.text for held in self._held)
         found = [place for place in map(text.find, self._stops) if place >= 0]

@@ -204,6 +204,18 @@ def test_a_batch_equals_its_rows_alone(
         assert found[number] == [t.id for t in model.generate(prompt, lengths[number])]
 
 
+def test_a_row_that_speculates_gives_the_same_in_a_batch() -> None:
+    model = Model(FakeSession(lambda ids: (ids[-1] + 1) % 7))
+    batch = model.batch()
+    prompt = [0, 1, 2, 3, 4, 5, 6] * 4
+    batch.add(prompt, 40, speculate=True)
+    batch.add([50, 1, 2], 40)
+    rows = by_row(batch)
+    assert rows[0] == [t.id for t in model.generate(prompt, 40)]
+    assert rows[1] == [t.id for t in model.generate([50, 1, 2], 40)]
+    assert batch._together.decoder.decode_tokens == 2 * 39
+
+
 # ---- errors ----
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from folder_models import huggingface_folder
+from form_models import Exported, exported_model
 from typer.testing import CliRunner, Result
 
 from inferos.bench import end_to_end
@@ -21,7 +23,7 @@ from inferos.bench.shapes import BLOCK, SHAPES, Shape, model_folder
 from inferos.bench.statistics import fit_line, median_interval, median_ratio
 from inferos.bench.weights import weight_bytes
 from inferos.cli import app
-from inferos.errors import ConfigError, ModelError
+from inferos.errors import ConfigError, ModelError, UnsupportedError
 from inferos.runtime import reference
 from inferos.runtime._compressed import CompressedSession
 from inferos.runtime.environment import versions
@@ -286,6 +288,12 @@ def test_a_baseline_of_a_rewritten_model_is_refused(tiny: ModelLayout, tmp_path:
     folder = inferos.rewrite(tiny.folder, tmp_path / "rewritten").folder
     with pytest.raises(ConfigError, match="baseline"):
         EndToEnd(read_layout(folder), "tiny", Plan((CONTEXT,), modes=(BASELINE,)))
+
+
+def test_a_baseline_without_shared_buffers_is_refused(tmp_path: Path) -> None:
+    layout = read_layout(huggingface_folder(tmp_path, exported_model(Exported())))
+    with pytest.raises(UnsupportedError, match="its attention is decomposed"):
+        StockSession(layout, FORMS[0], 1)
 
 
 def test_run_benchmark_isbench_e2e_on_that_model(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from devices import DML, WEBGPU, probe
 from typer.testing import CliRunner, Result
 
 import inferos
@@ -223,6 +224,36 @@ def test_run_takes_the_prompt_from_stdin_and_its_numbers_go_to_json(tmp_path: Pa
     assert numbers["kv_bytes"] > 0
 
 
+def test_run_answers_several_prompts_together_in_their_order(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("Once upon\n\nThe old\n")
+    given = ("It was a", "--prompts", tmp_path / "prompts.txt", "--batch-size", "2", "--max-tokens", "6")
+    result = call("run", "reference", *given, "--json", tmp_path / "run.json")
+    assert result.exit_code == 0, result.output
+    with inferos.load("reference") as model:
+        texts = [model.generate(text, max_tokens=6) for text in ("It was a", "Once upon", "The old")]
+        wanted = ["".join(token.text for token in generation) for generation in texts]
+    assert result.stdout == "".join(text + "\n" for text in wanted)
+    report = json.loads((tmp_path / "run.json").read_text())
+    assert (report["schema"], report["batch_size"]) == ("inferos.run_batch/1", 2)
+    assert report["tokens_per_s"] > 0
+    assert [(row["text"], row["tokens"], row["error"]) for row in report["rows"]] == [
+        (text, 6, None) for text in wanted
+    ]
+
+
+def test_a_prompt_that_fails_ends_no_other_and_the_command_fails(tmp_path: Path) -> None:
+    prompt = "It was a long day and nobody came. " * 60
+    limit = ("--kv", "f16", "--memory-limit", "16MiB", "--max-tokens", "250", "--batch-size", "9")
+    result = call("run", "reference", *[prompt] * 9, *limit, "--json", tmp_path / "run.json")
+    assert result.exit_code == 1
+    rows = json.loads((tmp_path / "run.json").read_text())["rows"]
+    failed = [row["error"] is not None for row in rows]
+    assert 0 < sum(failed) < 9
+    assert all(row["error"].startswith("BudgetError: ") for row in rows if row["error"])
+    assert all(row["error"] or row["finish_reason"] for row in rows)
+    assert f"{sum(failed)} of 9 prompts failed" in result.stderr
+
+
 def test_the_same_seed_gives_the_same_text_and_json_on_stdout_stands_alone() -> None:
     def once(seed: str) -> dict[str, Any]:
         result = call(
@@ -324,9 +355,14 @@ BAD_USAGE = {
     "half of the bits": (["run", "reference", "x", "--kv-v", "4"], "without --kv-k"),
     "contradiction": (["run", "reference", "x", "--kv", "int8", "--optimization", "none"], "contradict"),
     "unknown switch": (["run", "reference", "x", "--kv-quantization", "on"], "'on' is not one of enabled, disabled"),
-    "no such device": (["run", "reference", "x", "--device", "npu"], "'npu' is not available"),
+    "no such device": (["run", "reference", "x", "--device", "tpu"], "'tpu' is not one of auto, cpu, gpu, npu"),
+    "no such mode": (["chat", "reference", "--mode", "dml"], "'dml' is not one of hybrid, gpu_only, npu_only, auto"),
+    "two devices": (["eval", "reference", "--mode", "gpu_only", "--device", "cpu"], "contradict each other"),
     "no size": (["run", "reference", "x", "--memory-limit", "lots"], "'lots' is not a size"),
     "small size": (["chat", "reference", "--memory-limit", "1MiB"], "at least 16MiB"),
+    "no rows": (["run", "reference", "x", "--batch-size", "0"], "0 is not within 1..256"),
+    "stdin twice": (["run", "reference", "-", "--prompts", "-"], "- is given more than once"),
+    "no such file": (["run", "reference", "--prompts", "/nowhere/at/all"], "'/nowhere/at/all' cannot be read"),
     "no tokens": (["run", "reference", "x", "--max-tokens", "0"], "0 is not at least 1"),
     "no threads": (["eval", "reference", "--threads", "-1"], "-1 is not within 0..1024"),
     "bad temperature": (["run", "reference", "x", "--temperature", "-1"], "temperature: -1.0"),
@@ -406,6 +442,60 @@ def test_doctor_says_what_it_found_and_what_it_would_use() -> None:
     assert "CPUExecutionProvider" in report["providers"]
     assert report["would_use"]["kv"]["value"] == "int8"
     assert all(check["ok"] for check in report["checks"])
+
+
+def test_doctor_lists_every_device_with_what_it_can_do_and_who_keeps_the_cache() -> None:
+    report = json.loads(call("doctor", "--json", "-").stdout)
+    cpu = next(row for row in report["devices"] if row["provider"] == "CPUExecutionProvider")
+    assert (cpu["device"], cpu["type"], cpu["kv_owner"], cpu["compressed"]) == ("cpu", "CPU", "inferos", "fully")
+    assert cpu["capabilities"]["int4_quantization"] is True
+    assert cpu["suggested_policy"] is None
+    assert report["device_words"]["npu"].startswith("cpu (requested npu: ")
+
+
+@pytest.mark.parametrize("option", [("--mode", "npu_only"), ("--device", "npu")])
+def test_a_device_that_is_absent_gives_the_one_in_force_with_its_reason(
+    option: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("inferos.devices.manager.OrtProbe", probe)
+    result = call("run", "reference", "It", "--max-tokens", "2", *option, "--json", "-")
+    assert result.exit_code == 0, result.output
+    note = "scheduler.decode_device: cpu (requested npu: no NPU is here; no GPU is here)"
+    assert note in result.stderr
+    scheduler = json.loads(result.stdout)["policy"]["effective"]["scheduler"]
+    assert scheduler == {"mode": "npu_only", "prefill_device": "cpu", "decode_device": "cpu"}
+
+
+def test_a_dry_run_shows_the_devices_that_would_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inferos.devices.manager.OrtProbe", lambda: probe(DML))
+    plan = json.loads(call("run", "reference", "x", "--hybrid-mode", "--dry-run", "--json", "-").stdout)
+    assert (plan["scheduler_mode"], plan["prefill_device"]) == ("hybrid", "dml")
+    assert plan["decode_device"] == "dml (requested npu: no NPU is here)"
+    plan = json.loads(call("run", "reference", "x", "--device", "auto", "--dry-run", "--json", "-").stdout)
+    assert plan["decode_device"] == "auto (measured when the model is loaded: cpu, dml-gpu)"
+    monkeypatch.setattr("inferos.devices.manager.OrtProbe", lambda: probe(WEBGPU))
+    off = call("run", "reference", "x", "--optimization", "none", "--device", "gpu", "--dry-run", "--json", "-")
+    plan = json.loads(off.stdout)
+    assert (plan["device"], plan["provider_kv_bits"]) == ("cpu", 8)
+    assert "kv=off" in plan["device_reason"]
+
+
+def test_run_with_test_checks_first_and_then_writes_eight_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = call("run", "reference", "--test", "--json", "-")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["schema"] == "inferos.test/1"
+    assert [check["name"] for check in report["checks"]] == ["native library", "onnxruntime", "reference model"]
+    assert (report["tokens"], report["placement"]["decode"]["device"]) == (8, "cpu")
+
+    def broken() -> Path:
+        raise ConfigError("the cache folder cannot be written")
+
+    monkeypatch.setattr("inferos.runtime.reference.reference_folder", broken)
+    failed = call("run", "reference", "--test", "--json", "-")
+    assert failed.exit_code == 1
+    assert "FAILED  reference model" in failed.stderr
+    assert "text" not in json.loads(failed.stdout)
 
 
 def test_doctor_reports_what_fails_and_exits_with_1(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,7 @@ def test_the_json_has_its_schema_and_a_row_a_way(folder: Path, tmp_path: Path) -
     report = json.loads((tmp_path / "plan.json").read_text())
     assert list(report) == [
         "schema", "model", "attention_layers", "sliding_window_layers", "model_context", "context", "batch_size",
-        "memory_limit", "memory_limit_from", "rows",
+        "memory_limit", "memory_limit_from", "device_pool", "rows",
     ]  # fmt: skip
     assert report["schema"] == "inferos.memory-plan/1"
     assert (report["context"], report["batch_size"], report["memory_limit"]) == (TINY.context, 3, 16 << 20)
@@ -88,7 +88,8 @@ def test_only_the_ways_asked_for_are_shown_in_a_plain_table(folder: Path) -> Non
     result = call(folder, "--kv", "int4,off", "--context", "1000")
     lines = result.stdout.splitlines()
     assert lines[0] == "1000 tokens x 1 row within 4.00 GiB (the policy's io.host_pool_bytes)"
-    assert [line.split()[0] for line in lines[1:]] == ["kv", "int4", "off"]
+    assert [line.split()[0] for line in lines[1:-1]] == ["kv", "int4", "off"]
+    assert lines[-1].startswith("On a GPU whose provider keeps the cache: ")
     assert "\x1b" not in result.stdout
 
 

@@ -53,8 +53,8 @@ def test_a_decoder_is_shown_layer_by_layer(tmp_path: Path) -> None:
 
 
 def test_the_text_names_what_is_there(tmp_path: Path) -> None:
-    folder = huggingface_folder(tmp_path, merged_model(Tiny()), name="onnx/decoder_model_merged.onnx")
-    huggingface_folder(tmp_path, merged_model(Tiny()), name="onnx/decoder_model_merged_quantized.onnx")
+    folder = huggingface_folder(tmp_path, merged_model(tiny_model(Tiny())), name="onnx/decoder_model_merged.onnx")
+    huggingface_folder(tmp_path, merged_model(tiny_model(Tiny())), name="onnx/decoder_model_merged_quantized.onnx")
     text = call(folder).stdout
     assert "onnx/decoder_model_merged.onnx (also here: onnx/decoder_model_merged_quantized.onnx)" in text
     assert "3 GroupQueryAttention" in text

@@ -236,8 +236,10 @@ REFUSED = {
     "share one past": _shared_past,
     "not an input of the graph": _computed_past,
     "spy": _read_present,
-    "MultiHeadAttention is not": _other("MultiHeadAttention", "com.microsoft"),
-    "'/attention.0/GroupQueryAttention': Attention is not": _other("Attention", ""),
+    "DecoderMaskedMultiHeadAttention is not": _other("DecoderMaskedMultiHeadAttention", "com.microsoft"),
+    "'/attention.0/GroupQueryAttention': Attention is not": _other("Attention", "com.microsoft"),
+    "PagedAttention is not": _other("PagedAttention", "com.microsoft"),
+    "'/attention.0/GroupQueryAttention': LinearAttention is not": _other("LinearAttention", ""),
     "in a subgraph": _in_a_branch,
 }
 

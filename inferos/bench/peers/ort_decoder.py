@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from inferos.bench.decoders import RandomKv
 from inferos.bench.peers.ort import flash_attention
-from inferos.errors import ModelError, ProviderError
+from inferos.errors import ModelError, ProviderError, UnsupportedError
 from inferos.runtime._graph import AttentionNode, attention_nodes, load_graph
 from inferos.runtime._ort import ORT_ERRORS, open_ort, session_options
 from inferos.runtime.layout import ModelLayout
@@ -79,9 +79,16 @@ class StockSession:
     ------
     ModelError
         If this ONNX Runtime has no such form.
+    UnsupportedError
+        If the model's past and present cannot be one buffer.
     """
 
     def __init__(self, layout: ModelLayout, form: StockForm, threads: int) -> None:
+        if not layout.shared_buffers:
+            raise UnsupportedError(
+                f"{layout.model_path.name}: its attention is {layout.layers[0].form}; ONNX Runtime is measured at its "
+                "best, with GroupQueryAttention over shared buffers"
+            )
         self.layout = layout
         self.form = form
         self.dtype: npt.DTypeLike = np.int8 if form.kv == "int8" else layout.dtype

@@ -41,6 +41,8 @@ class Call:
         Element types of query, of key and value, and of the output; empty where they are one.
     before : tuple of NodeProto
         Nodes to put in front.
+    joined : tuple of str
+        Tensors that hold past and new tokens together, besides the presents.
     """
 
     query: str
@@ -58,6 +60,7 @@ class Call:
     total: str = ""
     casts: tuple[int, ...] = ()
     before: tuple[onnx.NodeProto, ...] = ()
+    joined: tuple[str, ...] = ()
 
     def reads(self) -> set[str]:
         """The export's tensors that the call needs."""
@@ -72,8 +75,9 @@ class AttentionNode:
 
     ``node`` is the node that gives the result, the last one where several compute it; ``form`` names how the export
     writes attention. ``window`` is the number of positions a query sees, its own included; -1 = all. ``dtype`` is the
-    type of the past, or of what stands beside a past that is quantised. The names of past and present are empty in a
-    rewritten graph; ``call`` is None there.
+    type of the past, or of what stands beside a past that is quantised. With ``shared_positions`` the graph counts
+    positions from one length for all rows of a run. The names of past and present are empty in a rewritten graph;
+    ``call`` is None there.
     """
 
     node: onnx.NodeProto
@@ -90,6 +94,7 @@ class AttentionNode:
     present_value: str = ""
     form: str = "GroupQueryAttention"
     call: Call | None = field(default=None, repr=False)
+    shared_positions: bool = False
 
     @property
     def rewritten(self) -> bool:

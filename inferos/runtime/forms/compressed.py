@@ -8,9 +8,10 @@ from inferos.errors import ModelError
 from inferos.runtime.forms.base import DTYPES, OUR_DOMAIN, OUR_OP, AttentionNode, check_heads
 from inferos.runtime.forms.graph import GraphIndex, attributes, node_name
 
-__all__ = ["Compressed", "DTYPE_KEY"]
+__all__ = ["Compressed", "DTYPE_KEY", "SHARED_POSITIONS_KEY"]
 
-DTYPE_KEY = "inferos.dtype"  # metadata of a rewritten model: the type its past and present had
+# Metadata of a rewritten model: the type its past and present had; whether all rows of a run must have one length.
+DTYPE_KEY, SHARED_POSITIONS_KEY = "inferos.dtype", "inferos.shared_positions"
 
 
 class Compressed:
@@ -23,14 +24,14 @@ class Compressed:
         del head_dim  # the node says
         metadata = {entry.key: entry.value for entry in index.model.metadata_props}
         return [
-            (at, _read(node, node_name(node, at), metadata.get(DTYPE_KEY, "")))
+            (at, _read(node, node_name(node, at), metadata))
             for at, node in enumerate(index.nodes)
             if node.op_type == OUR_OP and node.domain == OUR_DOMAIN
         ]
 
 
-def _read(node: onnx.NodeProto, name: str, dtype: str) -> AttentionNode:
-    values = attributes(node)
+def _read(node: onnx.NodeProto, name: str, metadata: dict[str, str]) -> AttentionNode:
+    values, dtype = attributes(node), metadata.get(DTYPE_KEY, "")
     try:
         heads, kv_heads, head_dim = (int(values[key]) for key in ("num_heads", "kv_num_heads", "head_dim"))
         window, packed = int(values["local_window_size"]), not node.input[1]
@@ -39,4 +40,7 @@ def _read(node: onnx.NodeProto, name: str, dtype: str) -> AttentionNode:
     if dtype not in DTYPES.values():
         raise ModelError(f"node {name!r}: the model's metadata says {DTYPE_KEY}={dtype!r}; expected float32 or float16")
     check_heads(name, heads, kv_heads, head_dim, window)
-    return AttentionNode(node, name, heads, kv_heads, head_dim, window, dtype, packed, form=OUR_OP)
+    shared = metadata.get(SHARED_POSITIONS_KEY) == "1"
+    return AttentionNode(
+        node, name, heads, kv_heads, head_dim, window, dtype, packed, form=OUR_OP, shared_positions=shared
+    )

@@ -18,7 +18,7 @@ from inferos.runtime.forms.evaluate import Array, Case, Unknown, Value
 from inferos.runtime.forms.graph import GraphIndex, attributes, node_name, tensor_shape
 from inferos.runtime.forms.measure import Sizes, case_of, measure_window, verify
 
-__all__ = ["Decomposed", "Joint", "joint_behind", "kept_past"]
+__all__ = ["Decomposed", "Joint", "joint_behind", "kept_past", "presents_of"]
 
 _PRODUCTS = frozenset({"FusedMatMul", "MatMul"})
 # Between the product of query and key and the Softmax.
@@ -37,12 +37,22 @@ _FIRST_INPUT_ONLY = frozenset({"Expand", "Gather", "Reshape", "Slice", "Squeeze"
 
 @dataclass(frozen=True, slots=True)
 class Joint:
-    """Where new tokens join the past."""
+    """Where new tokens join the past, in the type `kind`; `entry` is the past in that type, or the past itself."""
 
     node: onnx.NodeProto
     past: str
-    new: str
-    joined: str
+    entry: str
+    kind: int
+
+    @property
+    def new(self) -> str:
+        """The new tokens' tensor."""
+        return str(self.node.input[1])
+
+    @property
+    def joined(self) -> str:
+        """Past and new tokens together."""
+        return str(self.node.output[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +91,26 @@ def joint_behind(index: GraphIndex, name: str) -> Joint | None:
         if node is None or node.output[0] in seen:
             continue
         seen.add(node.output[0])
-        past = node.input[0] if node.op_type == "Concat" and len(node.input) == 2 else ""
-        if past in index.inputs and len(tensor_shape(index.inputs[past])) == 4:
-            return Joint(node, past, node.input[1], node.output[0])
+        joint = _joint(index, node)
+        if joint is not None:
+            return joint
         if node.op_type in _KEYS:
             left.extend(node.input[:1] if node.op_type in _FIRST_INPUT_ONLY else node.input)
     return None
+
+
+def _joint(index: GraphIndex, node: onnx.NodeProto) -> Joint | None:
+    """The Concat of an input of four dimensions and something else, if the node is one."""
+    if node.op_type != "Concat" or len(node.input) != 2:
+        return None
+    entry = past = node.input[0]
+    cast = index.maker(entry)
+    if cast is not None and cast.op_type == "Cast":
+        past = cast.input[0]
+    if past not in index.inputs or len(tensor_shape(index.inputs[past])) != 4:
+        return None
+    kind = index.element_type(past) if cast is None else int(attributes(cast)["to"])
+    return Joint(node, past, entry, kind)
 
 
 def kept_past(index: GraphIndex, name: str) -> str:
@@ -162,7 +186,7 @@ class _Runner:
         key, value = self.piece.key, self.piece.value
         given: dict[str, Value] = {} if q is None else {self.piece.first.input[0]: q.astype(self.query_kind)}
         for joint, all_tokens in ((key, k), (value, v)):
-            given[joint.past] = np.ascontiguousarray(all_tokens[:, :, :past]).astype(self.kind)
+            given[joint.entry] = np.ascontiguousarray(all_tokens[:, :, :past]).astype(self.kind)
             given[joint.new] = np.ascontiguousarray(all_tokens[:, :, past:]).astype(self.kind)
         return given
 
@@ -177,7 +201,7 @@ class _Runner:
             self.piece.first.input[0]: Unknown(kind, (1, sizes.heads, new, sizes.head_dim)),
         }
         for joint in (self.piece.key, self.piece.value):
-            given[joint.past] = Unknown(kind, (1, sizes.kv_heads, past, sizes.head_dim))
+            given[joint.entry] = Unknown(kind, (1, sizes.kv_heads, past, sizes.head_dim))
             given[joint.new] = Unknown(kind, (1, sizes.kv_heads, new, sizes.head_dim))
         return case.value(self.piece.softmax.input[0], given)
 
@@ -226,14 +250,15 @@ def _scale(runner: _Runner, sizes: Sizes) -> tuple[float, float]:
     return scale, cap
 
 
-def _presents(index: GraphIndex, piece: _Piece) -> tuple[str, str]:
+def presents_of(index: GraphIndex, joints: tuple[Joint, Joint]) -> tuple[str, str]:
+    """The graph's outputs that hold past and new keys, and values; refused where there is none or the axis is another."""
     names = []
-    for joint in (piece.key, piece.value):
-        outputs = [joint.joined] + [
-            index.nodes[at].output[0]
-            for at in index.readers.get(joint.joined, [])
-            if index.nodes[at].op_type in ("Cast", "Identity")
-        ]
+    for joint in joints:
+        axis = attributes(joint.node).get("axis")
+        if axis not in (-2, 2):
+            raise UnsupportedError(f"{joint.joined!r} joins past and new tokens along axis {axis}")
+        readers = [index.nodes[at] for at in index.readers.get(joint.joined, [])]
+        outputs = [joint.joined, *(node.output[0] for node in readers if node.op_type in ("Cast", "Identity"))]
         name = next((name for name in outputs if name in index.outputs), "")
         if not name:
             raise UnsupportedError(f"{joint.joined!r}, past and new tokens together, is not an output of the graph")
@@ -251,24 +276,20 @@ def _read(index: GraphIndex, piece: _Piece, name: str, head_dim: int | None) -> 
 
 
 def _measured(index: GraphIndex, piece: _Piece, name: str, head_dim: int | None) -> AttentionNode:
-    for joint in (piece.key, piece.value):
-        if attributes(joint.node).get("axis") not in (-2, 2):
-            raise UnsupportedError(
-                f"{joint.joined!r} joins past and new tokens along axis {attributes(joint.node).get('axis')}"
-            )
-    kind = index.element_type(piece.key.past)
-    if kind not in DTYPES or index.element_type(piece.value.past) != kind:
+    kind, stored = piece.key.kind, index.element_type(piece.key.past)
+    if {kind, stored} - set(DTYPES) or (piece.value.kind, index.element_type(piece.value.past)) != (kind, stored):
         raise UnsupportedError(f"its past {piece.key.past!r} is neither FLOAT nor FLOAT16")
     runner = _Runner(index, piece, np.dtype(DTYPES[kind]))
-    presents = _presents(index, piece)
+    presents = presents_of(index, (piece.key, piece.value))
     sizes = _sizes(index, piece, runner, head_dim)
     scale, softcap = _scale(runner, sizes)
     pasts = (piece.key.past, piece.value.past)
-    cut = {piece.first.input[0], *pasts, piece.key.new, piece.value.new}
+    cut = {piece.first.input[0], piece.key.entry, piece.value.entry, piece.key.new, piece.value.new}
     cone = case_of(index, 1, 1, 1).cone(piece.last.output[0], cut)
     window = measure_window(index, lambda case, past, new: runner.mask(case, sizes, past, new), cone)
     check_heads(name, sizes.heads, sizes.kv_heads, sizes.head_dim, window)
-    verify(index, runner.attend, sizes, scale, softcap, window)
+    half = np.dtype(np.float16) in (runner.kind, runner.query_kind)
+    verify(index, runner.attend, sizes, scale, softcap, window, half=half)
     query_kind = helper.np_dtype_to_tensor_dtype(runner.query_kind)
     case = case_of(index, 1, 0, 1)
     zeros = np.zeros((1, sizes.kv_heads, 1, sizes.head_dim))
@@ -279,8 +300,9 @@ def _measured(index: GraphIndex, piece: _Piece, name: str, head_dim: int | None)
     call = Call(
         piece.first.input[0], piece.key.new, piece.value.new, piece.last.output[0], True, scale, softcap,
         casts=kinds if len(set(kinds)) > 1 else (),
+        joined=(piece.key.joined, piece.value.joined),
     )  # fmt: skip
     return AttentionNode(
-        piece.last, name, sizes.heads, sizes.kv_heads, sizes.head_dim, window, DTYPES[kind], False, *pasts, *presents,
+        piece.last, name, sizes.heads, sizes.kv_heads, sizes.head_dim, window, DTYPES[stored], False, *pasts, *presents,
         Decomposed.name, call,
     )  # fmt: skip

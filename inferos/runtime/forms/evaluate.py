@@ -21,7 +21,7 @@ from onnx import TensorProto, helper, numpy_helper, shape_inference
 from inferos.errors import UnsupportedError
 from inferos.runtime.forms.graph import GraphIndex, attributes
 
-__all__ = ["Array", "Case", "UnevaluatedError", "Unknown", "Value", "run_node"]
+__all__ = ["Array", "Case", "UnevaluatedError", "Unknown", "Value"]
 
 Array = npt.NDArray[Any]
 
@@ -67,8 +67,8 @@ def _session(model: bytes) -> Any:
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def run_node(node: onnx.NodeProto, inputs: list[Array | None], opsets: dict[str, int]) -> list[Array]:
-    """What ONNX Runtime computes for one node. Raises whatever it raises."""
+def _alone(node: onnx.NodeProto, inputs: list[Array | None], opsets: dict[str, int]) -> Any:
+    """A session of one node."""
     alone = onnx.NodeProto()
     alone.CopyFrom(node)
     alone.name = alone.doc_string = ""
@@ -76,16 +76,16 @@ def run_node(node: onnx.NodeProto, inputs: list[Array | None], opsets: dict[str,
     del alone.output[:]
     alone.input.extend(f"i{at}" if value is not None else "" for at, value in enumerate(inputs))
     alone.output.extend(f"o{at}" if name else "" for at, name in enumerate(node.output))
-    values = {f"i{at}": value for at, value in enumerate(inputs) if value is not None}
+    kinds = {f"i{at}": helper.np_dtype_to_tensor_dtype(v.dtype) for at, v in enumerate(inputs) if v is not None}
     graph = helper.make_graph(
-        [alone], "one",
-        [helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(v.dtype), None) for n, v in values.items()],
+        [alone],
+        "one",
+        [helper.make_tensor_value_info(name, kind, None) for name, kind in kinds.items()],
         [helper.make_empty_tensor_value_info(name) for name in alone.output if name],
-    )  # fmt: skip
+    )
     imports = [helper.make_opsetid(domain, version) for domain, version in sorted(opsets.items())]
     model = helper.make_model(graph, opset_imports=imports, ir_version=_IR_VERSION)
-    results = iter(_session(model.SerializeToString(deterministic=True)).run(None, values))
-    return [np.asarray(next(results)) if name else np.zeros(0) for name in alone.output]
+    return _session(model.SerializeToString(deterministic=True))
 
 
 class Case:
@@ -113,7 +113,7 @@ class Case:
             if not here and all(name in self._known for name in node.output if name):
                 continue
             values = [self._look(name, local) if name else None for name in node.input]
-            results = self._node(node, values)
+            results = self._node(at, node, values)
             (local if here else self._known).update(zip(node.output, results, strict=False))
         return self._look(target, local)
 
@@ -152,16 +152,24 @@ class Case:
         self._known[name] = value
         return value
 
-    def _node(self, node: onnx.NodeProto, values: list[Value | None]) -> list[Value]:
+    def _node(self, at: int, node: onnx.NodeProto, values: list[Value | None]) -> list[Value]:
         arrays = [value for value in values if not isinstance(value, Unknown)]
         if len(arrays) == len(values) and not any(a.HasField("g") or a.graphs for a in node.attribute):
             _check_size(node, arrays)
-            return list(run_node(node, arrays, self.opsets))
+            return self._run(at, node, arrays)
         first = values[0] if values else None
         if node.op_type == "Shape" and isinstance(first, Unknown) and first.shape is not None:
             ends = attributes(node)
             return [np.array(first.shape[ends.get("start", 0) : ends.get("end")], np.int64)]
         return self._shape(node, values)
+
+    def _run(self, at: int, node: onnx.NodeProto, values: list[Array | None]) -> list[Value]:
+        key = (at, *(None if value is None else value.dtype.num for value in values))
+        session = self.index.sessions.get(key)
+        if session is None:
+            session = self.index.sessions[key] = _alone(node, values, self.opsets)
+        found = iter(session.run(None, {f"i{place}": v for place, v in enumerate(values) if v is not None}))
+        return [np.asarray(next(found)) if name else Unknown() for name in node.output]
 
     def _shape(self, node: onnx.NodeProto, values: list[Value | None]) -> list[Value]:
         nothing: list[Value] = [Unknown() for _ in node.output]

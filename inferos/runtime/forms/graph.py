@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import onnx
 from onnx import TensorProto
 
-__all__ = ["GraphIndex", "attributes", "node_name", "subgraphs", "tensor_shape", "uses"]
+__all__ = ["GraphIndex", "attributes", "in_order", "node_name", "subgraphs", "tensor_shape", "uses"]
 
 
 def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
@@ -48,23 +48,46 @@ def node_name(node: onnx.NodeProto, index: int) -> str:
     return node.name or f"{node.op_type} #{index}"
 
 
+def in_order(nodes: Iterable[onnx.NodeProto]) -> list[onnx.NodeProto]:
+    """The nodes, each behind those that make what it reads: converters append some, and ONNX Runtime does not mind."""
+    left = list(nodes)
+    made = {name for node in left for name in node.output}
+    ready: list[onnx.NodeProto] = []
+    while left:
+        late = []
+        for node in left:
+            if made & uses(node):
+                late.append(node)
+            else:
+                ready.append(node)
+                made -= set(node.output)
+        if len(late) == len(left):
+            return [*ready, *late]  # a cycle: ONNX Runtime will say so
+        left = late
+    return ready
+
+
 class GraphIndex:
     """Lookups over one graph, as it is when this is made.
 
     Attributes
     ----------
     nodes : list of NodeProto
-        In the graph's order, which is that of execution.
+        In an order of execution, the graph's own where it is one.
     makers : dict of str to int
         Position of the node that computes a tensor.
     readers : dict of str to list of int
         Positions of the nodes that read it.
+    sessions, cases : dict
+        What evaluations of this graph keep for each other.
     """
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.model = model
+        self.sessions: dict[tuple[int | None, ...], Any] = {}
+        self.cases: dict[tuple[int | bool, ...], Any] = {}
         graph = model.graph
-        self.nodes = list(graph.node)
+        self.nodes = in_order(graph.node)
         self.constants: dict[str, TensorProto] = {tensor.name: tensor for tensor in graph.initializer}
         # Old exports list their constants as inputs.
         self.inputs = {value.name: value for value in graph.input if value.name not in self.constants}

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import onnx
 
 from inferos.errors import ModelError, UnsupportedError
-from inferos.runtime.forms.base import OUR_OP, AttentionNode, Form
+from inferos.runtime.forms.attention_onnx import OnnxAttention
+from inferos.runtime.forms.base import OUR_DOMAIN, OUR_OP, AttentionNode, Form
 from inferos.runtime.forms.compressed import Compressed
 from inferos.runtime.forms.decomposed import Decomposed
 from inferos.runtime.forms.gqa import GroupQueryAttention
-from inferos.runtime.forms.graph import GraphIndex, node_name, subgraphs, uses
+from inferos.runtime.forms.graph import GraphIndex, subgraphs
+from inferos.runtime.forms.mha import MultiHeadAttention
+from inferos.runtime.forms.readers import check_readers
 
 __all__ = ["FORMS", "attention_nodes"]
 
-FORMS: tuple[Form, ...] = (GroupQueryAttention(), Decomposed(), Compressed())
+FORMS: tuple[Form, ...] = (GroupQueryAttention(), MultiHeadAttention(), OnnxAttention(), Decomposed(), Compressed())
 
+# Forms that are a node of their own.
+_NODES = frozenset({
+    ("", "Attention"), ("ai.onnx", "Attention"), ("com.microsoft", "GroupQueryAttention"),
+    ("com.microsoft", "MultiHeadAttention"), (OUR_DOMAIN, OUR_OP),
+})  # fmt: skip
 _STANDARD_DOMAINS = ("", "ai.onnx", "com.microsoft")
 # Attention we know by name and do not rewrite.
 _OTHER_ATTENTION = frozenset({
@@ -24,7 +34,6 @@ _OTHER_ATTENTION = frozenset({
     "DecoderMaskedSelfAttention",
     "LinearAttention",
     "LongformerAttention",
-    "MultiHeadAttention",
     "PackedAttention",
     "PackedMultiHeadAttention",
     "PagedAttention",
@@ -56,8 +65,11 @@ def attention_nodes(model: onnx.ModelProto, head_dim: int | None = None) -> tupl
     if not found:
         raise UnsupportedError(f"attention_nodes: no attention with a past: {_known()} were looked for")
     nodes = [node for _, node in found]
-    _check_all(nodes, index)
-    return tuple(nodes)
+    _check_all(nodes)
+    if nodes[0].rewritten:
+        return tuple(nodes)
+    shared = check_readers(nodes, index)
+    return tuple(replace(node, shared_positions=shared) for node in nodes)
 
 
 def _known() -> str:
@@ -65,7 +77,7 @@ def _known() -> str:
 
 
 def _refuse_other_attention(node: onnx.NodeProto, *, nested: bool) -> None:
-    known = node.op_type in {form.name for form in FORMS}
+    known = (node.domain, node.op_type) in _NODES
     if node.domain in _STANDARD_DOMAINS and node.op_type in _OTHER_ATTENTION and not known:
         raise UnsupportedError(f"node {node.name!r}: {node.op_type} is not rewritten")
     if nested and known:
@@ -75,7 +87,7 @@ def _refuse_other_attention(node: onnx.NodeProto, *, nested: bool) -> None:
             _refuse_other_attention(inner, nested=True)
 
 
-def _check_all(found: list[AttentionNode], index: GraphIndex) -> None:
+def _check_all(found: list[AttentionNode]) -> None:
     if len({node.rewritten for node in found}) != 1:
         raise ModelError("attention_nodes: some attention nodes are rewritten and some are not")
     if len({node.dtype for node in found}) != 1:
@@ -83,27 +95,3 @@ def _check_all(found: list[AttentionNode], index: GraphIndex) -> None:
     pasts = [name for node in found for name in (node.past_key, node.past_value) if name]
     if len(pasts) != len(set(pasts)):
         raise UnsupportedError("attention_nodes: two attention nodes share one past (cross-layer sharing)")
-    if not found[0].rewritten:
-        _check_readers(found, index)
-
-
-def _check_readers(found: list[AttentionNode], index: GraphIndex) -> None:
-    """A past that something besides attention reads would be missing after the rewrite; its shape would not."""
-    calls = {node.call.output: node.call for node in found if node.call is not None}
-    presents = {name for node in found for name in (node.present_key, node.present_value)}
-    pasts = {name for node in found for name in (node.past_key, node.past_value)}
-    gone = pasts | presents
-    gone |= {n.output[0] for n in index.nodes if n.op_type == "Concat" and pasts & set(n.input)}
-    alive = set(index.outputs) - presents
-    for at in range(len(index.nodes) - 1, -1, -1):
-        node = index.nodes[at]
-        if not alive & set(node.output):
-            continue
-        call = calls.get(node.output[0])
-        if call is not None:
-            alive |= call.reads()
-            continue
-        taken = sorted(gone & uses(node))
-        if taken and node.op_type != "Shape":
-            raise UnsupportedError(f"node {node_name(node, at)!r}: reads {taken[0]!r}, which only attention may read")
-        alive |= uses(node)
