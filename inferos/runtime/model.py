@@ -257,6 +257,7 @@ class Model:
             budget_bytes=None if arena is None else arena.stats().budget_bytes,
             iobinding=getattr(self.session, "iobinding", None),
             placement=self.placement,
+            engines=self.engine_states(),
         )
 
     @property
@@ -297,13 +298,9 @@ class Model:
         return self.set_policy({"scheduler": changes}, reason)
 
     def engine_states(self) -> dict[Role, tuple[EngineState, ...]]:
-        """Who runs prefill and decode: the engines as the next step would try them, those that were left with the reason.
-
-        Empty where the session has no choice.
-        """
+        """Engines of prefill and decode as the next step would try them; where the session has no choice, none."""
         states = getattr(self.session, "engine_states", None)
-        roles: tuple[Role, Role] = ("prefill", "decode")
-        return {} if states is None else {role: states(role) for role in roles}
+        return {} if states is None else states()
 
     def watch_quality(self, source: Callable[[], float | None]) -> None:
         """Let mode dynamic follow a measured quality: `source` gives the newest delta PPL, or None.

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
+import random
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +26,7 @@ from inferos.runtime._runner import Runner, open_runner
 from inferos.runtime.cache_rules import CacheRules
 from inferos.runtime.failover import FallbackReason, RobustFallbackManager
 from inferos.runtime.failover.steps import StepFailover
-from inferos.runtime.failover.workers import Waitable
+from inferos.runtime.failover.workers import StepTimeoutError, Waitable, Workers, deadline
 from inferos.runtime.layout import read_layout
 from inferos.runtime.model import Model
 from inferos.runtime.protocols import Engine
@@ -426,3 +430,102 @@ def test_steps_run_on_the_callers_thread_unless_they_have_a_deadline(bench: Benc
     workers = {thread for thread, _ in seen[6:]}
     assert len(workers) == 1  # one that stays
     assert threading.current_thread() not in workers
+
+
+class EveryHour(Clock):
+    """Any engine is due again with the next look."""
+
+    def __call__(self) -> float:
+        self.now += 3600
+        return self.now
+
+
+@pytest.mark.parametrize("kv", ["int8", "auto"])
+def test_runs_that_are_given_up_while_they_really_run_change_nothing(bench: Bench, kv: str) -> None:
+    # No fake hangs here: the runs left behind write, or try to, while the same step runs elsewhere.
+    patience = random.Random(3)
+    engines = bench.faulty(0, "throws", WHEN[0], 0)
+    seconds = (0.0, 1e-4, 3e-4, 6e-4, 1.0)
+    session = bench.session(kv, Routes(engines), wait=lambda done: done.acquire(timeout=patience.choice(seconds)))
+    session.failover.manager = RobustFallbackManager(clock=EveryHour(), notify=lambda _: None)
+    plain, sequence = bench.undisturbed(kv).sequence(), session.sequence()
+    ids = token_ids(800, TINY.vocab, seed=5)
+    place = 0
+    while place < len(ids):
+        count = patience.choice((1, 1, 1, CHUNK))
+        step = ids[place : place + count]
+        place += count
+        np.testing.assert_array_equal(sequence.feed(step), plain.feed(step), err_msg=f"at token {place}")
+    assert session.failover.manager.failover_count > 20
+
+
+def test_threads_fail_over_side_by_side(bench: Bench) -> None:
+    class Shaky(PassingEngine):
+        def run(self, feeds: Mapping[str, Any], *, run_options: Any = None) -> Any:
+            logits = super().run(feeds, run_options=run_options)
+            if next(draws) % 4 == 0:
+                raise ProviderError("the fake failed")
+            return logits
+
+    draws = itertools.count()
+    engines: list[PassingEngine] = [Shaky(runner) for runner in bench.runners[:2]] + bench.healthy()[2:]
+    for number, engine in enumerate(engines):
+        engine.name = f"engine {number}"
+    session = bench.session("int8", Routes(engines), wait=wait_for([]))
+    session.failover.manager = RobustFallbackManager(clock=EveryHour(), notify=lambda _: None)
+    wanted = {seed: fed_alone(bench.undisturbed("int8"), seed) for seed in range(4)}
+    got: dict[int, Any] = {}
+
+    def work(seed: int) -> None:
+        got[seed] = fed_alone(session, seed)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in wanted]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed, logits in wanted.items():
+        np.testing.assert_array_equal(got[seed], logits)
+    assert session.failover.manager.failover_count > 50
+
+
+def fed_alone(session: CompressedSession, seed: int) -> Any:
+    """Logits of 150 steps of a sequence of its own."""
+    sequence = session.sequence()
+    return np.stack([sequence.feed(token[None]) for token in token_ids(150, TINY.vocab, seed=seed)])
+
+
+def test_workers_keep_their_results_apart() -> None:
+    workers = Workers()
+    got: dict[int, list[Any]] = {}
+
+    def work(number: int) -> None:
+        calls = [functools.partial(tuple, (number, count)) for count in range(300)]
+        got[number] = [workers.run(call, deadline(60), lambda: None) for call in calls]
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert got == {number: [(number, count) for count in range(300)] for number in range(4)}
+    with pytest.raises(ZeroDivisionError):
+        workers.run(lambda: 1 / 0, deadline(60), lambda: None)
+
+
+def test_a_worker_that_is_given_up_ends_with_its_call() -> None:
+    others, workers = set(threading.enumerate()), Workers()
+    forsaken: list[bool] = []
+    late: list[StepTimeoutError] = []
+    for _ in range(200):  # given up before, while and after the call is made
+        try:
+            workers.run(lambda: None, lambda done: done.acquire(timeout=0), lambda: forsaken.append(True))
+        except StepTimeoutError as error:
+            late.append(error.with_traceback(None))
+    assert len(forsaken) == len(late) > 0
+    del workers
+    end = time.monotonic() + 60
+    while set(threading.enumerate()) - others and time.monotonic() < end:
+        time.sleep(0.001)
+    assert set(threading.enumerate()) <= others
+    assert all(error.returned() for error in late)
