@@ -194,10 +194,11 @@ class CompressedSession:
         role: Role = "decode" if keep_all or ids.shape[1] == 1 else "prefill"
         step = _Step(self.layout, turns, ids, keep_all)
         engines = self.routes.of(role)
+        preferred = engines[0]
         if len(engines) > 1:
             return self.failover.run(engines, step)
         try:
-            return engines[0].run(step.feeds(engines[0]))
+            return preferred.run(step.feeds(preferred))
         except ORT_ERRORS as error:
             raise _typed(turns, error) from error
 
