@@ -18,8 +18,8 @@ _INT64 = TensorProto.INT64
 
 @dataclass(frozen=True)
 class Exported:
-    """What differs between exports. `form` is gqa8, gqa4 (quantised pasts), mha, attention3d, attention4d, joined
-    (opset-23 Attention behind a Concat) or decomposed; `mask` how it hides tokens."""
+    """What differs between exports. `form` is gqa, gqa8, gqa4 (quantised pasts), mha, attention3d, attention4d, joined
+    (opset-23 Attention behind a Concat), buffers (of a fixed size, opset 24) or decomposed; `mask` how it hides tokens."""
 
     form: str = "decomposed"
     layers: int = 2
@@ -287,6 +287,13 @@ def _attention(g: _Builder, layer: int, q: str, k: str, v: str, mask: str) -> st
         k, v = (_repeated(g, x, kv_heads, size) for x in _joined(g, layer, k, v))
         return _flat(g, g.add("Attention", q, k, v, mask, **attributes), layer)
     pasts = [_past(spec, layer, "key"), _past(spec, layer, "value")]
+    if spec.form == "buffers":
+        for part, x in (("key", k), ("value", v)):
+            g.add(
+                "TensorScatter", _past(spec, layer, part), x, "write_indices", out=_present(spec, layer, part), axis=2
+            )
+        k, v = _present(spec, layer, "key"), _present(spec, layer, "value")
+        return _flat(g, g.add("Attention", q, k, v, mask, "", "", "nonpad_kv_seqlen", **attributes), layer)
     if spec.form == "attention4d":
         return _flat(g, _node(g, "Attention", [q, k, v, mask, *pasts], layer, **attributes), layer)
     tokens = [_tokens_first(g, x, heads, size) for x, heads in ((q, spec.heads), (k, kv_heads), (v, kv_heads))]
@@ -298,18 +305,45 @@ def _attention(g: _Builder, layer: int, q: str, k: str, v: str, mask: str) -> st
 def _gqa(g: _Builder, layer: int, q: str, k: str, v: str, mask: str) -> str:
     spec = g.spec
     kv_heads, size = spec.kv_heads[layer], spec.head_dim[layer]
+    norms: list[str] = []
+    if spec.variant.startswith("norm"):
+        norms = [g.constant(1 + 0.1 * g.random.standard_normal(size), spec.dtype) for _ in range(2)]
+    if spec.variant == "norm outside":
+        q, k = (_normed(g, x, weight) for x, weight in zip((q, k), norms, strict=True))
     tokens = [_tokens_first(g, x, heads, size) for x, heads in ((q, spec.heads), (k, kv_heads), (v, kv_heads))]
-    scale = g.constant([0.03 if spec.form == "gqa8" else 0.5], np.float32)
+    attributes: dict[str, Any] = {}
+    if spec.variant == "packed":
+        tokens = [g.add("Concat", *tokens, axis=-1), "", ""]
     inputs = [*tokens, _past(spec, layer, "key"), _past(spec, layer, "value"), "seqlens_k", "total", *[""] * 5]
-    bits = 8 if spec.form == "gqa8" else 4
+    if spec.form != "gqa":
+        scale = g.constant([0.03 if spec.form == "gqa8" else 0.5], np.float32)
+        inputs += [scale, scale]
+        attributes |= {"k_quant_type": "PER_TENSOR", "v_quant_type": "PER_TENSOR"}
+        attributes |= {"kv_cache_bit_width": 8 if spec.form == "gqa8" else 4}
+    if spec.variant == "norm inside":
+        inputs += ["", "", *norms]
+        attributes["qk_norm_epsilon"] = 1e-6
+    if spec.mask == "window":
+        attributes |= {"local_window_size": spec.window, "sliding_window_cache": int(spec.variant == "sliding cache")}
     return _node(
-        g, "GroupQueryAttention", [*inputs, scale, scale], layer, "com.microsoft", num_heads=spec.heads,
-        kv_num_heads=kv_heads, k_quant_type="PER_TENSOR", v_quant_type="PER_TENSOR", kv_cache_bit_width=bits,
-    )  # fmt: skip
+        g,
+        "GroupQueryAttention",
+        inputs,
+        layer,
+        "com.microsoft",
+        num_heads=spec.heads,
+        kv_num_heads=kv_heads,
+        **attributes,
+    )
+
+
+def _normed(g: _Builder, x: str, weight: str) -> str:
+    return g.add("SimplifiedLayerNormalization", x, weight, axis=-1, epsilon=1e-6, stash_type=1)
 
 
 _FORMS = {
-    "attention3d": _attention, "attention4d": _attention, "decomposed": _decomposed, "gqa4": _gqa, "gqa8": _gqa,
+    "attention3d": _attention, "attention4d": _attention, "buffers": _attention, "decomposed": _decomposed,
+    "gqa": _gqa, "gqa4": _gqa, "gqa8": _gqa,
     "joined": _attention, "mha": _mha,
 }  # fmt: skip
 
@@ -328,7 +362,7 @@ def exported_model(spec: Exported) -> onnx.ModelProto:
     positions = _positions(g)
     mask = _visible(g, "added") if spec.mask == "selected" or spec.variant == "bool" else ""
     mask = mask or (_added(g, spec.mask) if spec.mask not in ("none", "flag", "table") else "")
-    if spec.form in ("gqa4", "gqa8"):
+    if spec.form.startswith("gqa"):
         _lengths(g)
     for layer in range(spec.layers):
         heads, size = spec.kv_heads[layer], spec.head_dim[layer]
@@ -347,26 +381,37 @@ def exported_model(spec: Exported) -> onnx.ModelProto:
     return _finished(g)
 
 
+_PAST = {"buffers": "capacity"}
+
+
 def _finished(g: _Builder) -> onnx.ModelProto:
     spec = g.spec
     value = helper.make_tensor_value_info
+    tokens = 1 if spec.variant == "one token" else "tokens"
     inputs = [
-        value("input_ids", _INT64, ["batch", "tokens"]), value("attention_mask", _INT64, ["batch", "total"]),
+        value("input_ids", _INT64, ["batch", tokens]), value("attention_mask", _INT64, ["batch", "total"]),
     ]  # fmt: skip
     if spec.position_ids:
-        inputs.append(value("position_ids", _INT64, ["batch", "tokens"]))
-    outputs = [value("logits", g.kind, ["batch", "tokens", spec.vocab])]
+        inputs.append(value("position_ids", _INT64, ["batch", tokens]))
+    if spec.form == "buffers":
+        inputs += [value(name, _INT64, ["batch"]) for name in ("write_indices", "nonpad_kv_seqlen")]
+    outputs = [value("logits", g.kind, ["batch", tokens, spec.vocab])]
     past_kind = {"gqa8": TensorProto.INT8, "gqa4": TensorProto.UINT8}.get(spec.form, g.kind)
     for layer in range(spec.layers):
         for part in ("key", "value"):
             size = spec.head_dim[layer] // (2 if spec.form == "gqa4" else 1)
-            extents = ["batch", spec.kv_heads[layer], "past", size]
+            extents = [
+                "batch",
+                spec.kv_heads[layer],
+                _PAST.get(spec.form, "past"),
+                "cache_dim" if spec.form == "gqa" else size,
+            ]
             inputs.append(value(_past(spec, layer, part), past_kind, extents))
             if spec.variant != "cross":
                 outputs.append(value(_present(spec, layer, part), past_kind, [*extents[:2], "total", size]))
         if spec.variant in ("shares", "qk"):
             outputs.append(value(f"{spec.variant}.{layer}", g.kind, None))
     graph = helper.make_graph(g.nodes, "exported", inputs, outputs, list(g.constants.values()))
-    opset = 23 if spec.form in ("attention3d", "attention4d", "joined") else 18
+    opset = {"attention3d": 23, "attention4d": 23, "buffers": 24, "joined": 23}.get(spec.form, 18)
     opsets = [helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=10)

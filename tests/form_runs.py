@@ -20,6 +20,7 @@ _TYPES: dict[str, Any] = {
     "tensor(bool)": np.bool_, "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int32)": np.int32,
     "tensor(int64)": np.int64, "tensor(int8)": np.int8, "tensor(uint8)": np.uint8,
 }  # fmt: skip
+_CAPACITY = 160  # of a buffer of a fixed size
 
 
 def session(model: onnx.ModelProto, *, ours: bool = False) -> ort.InferenceSession:
@@ -67,7 +68,7 @@ class Stock:
         for past, _ in self.names:
             value = self.kinds[past]
             shape = [
-                d if isinstance(d, int) else len(ids) if "batch" in str(d) or at == 0 else 0
+                d if isinstance(d, int) else len(ids) if at == 0 else _CAPACITY if d == "capacity" else 0
                 for at, d in enumerate(value.shape)
             ]
             if isinstance(value.shape[3], str):

@@ -43,7 +43,18 @@ def drop_dead(graph: onnx.GraphProto, alive_before: set[str]) -> None:
     """Remove what a rewrite orphaned; what was unused before stays as the export had it."""
     alive = tensors_alive(in_order(graph.node), (value.name for value in graph.output))
     dead = alive_before - alive
-    keep(graph.node, lambda node: not dead & set(node.output) or bool(alive & set(node.output)))
+    gone = set(dead)
+    kept = []
+    for node in in_order(graph.node):
+        # What was unused before may read what goes now.
+        if alive & set(node.output) or not gone & (set(node.output) | uses(node)):
+            kept.append(node)
+        else:
+            gone |= set(node.output)
+    if len(kept) < len(graph.node):
+        left_nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in kept]
+        del graph.node[:]
+        graph.node.extend(left_nodes)
     for field in (graph.input, graph.initializer, graph.value_info):
         keep(field, lambda item: item.name not in dead)
     left = {name for node in graph.node for name in (*node.input, *node.output)}
@@ -103,7 +114,10 @@ class Surgery:
     def _layer(self, found: AttentionNode, layer: int) -> Iterator[onnx.NodeProto]:
         """Ours in place of one attention, with what brings its tensors into shape."""
         call = call_of(found)
-        yield from call.before
+        for node in call.before:  # layers may have some in common
+            if node.output[0] not in self._names:
+                self._names.add(node.output[0])
+                yield node
         root = f"inferos/{layer}"
         query, key, value, output = call.query, call.key, call.value, call.output
         common = 0 if not call.casts else TensorProto.FLOAT

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from onnx import TensorProto, helper
 from inferos.errors import UnsupportedError
 from inferos.runtime._graph import attention_nodes, external_files, load_graph
 from inferos.runtime.rewrite import rewrite_model
+from inferos.runtime.session import open_session
 
 TOKENS, PROMPT = 128, 96
 # K and V are rounded to FP16, a rotated key by up to 2^-11 of itself in every channel: that is what float32 differs by.
@@ -57,6 +60,7 @@ SAME: dict[str, Exported] = {
     "Attention, 4-D, sliding window": Exported("attention4d", mask="window"),
     "Attention, 4-D, float16": Exported("attention4d", dtype="float16"),
     "Attention behind a Concat": Exported("joined", variant="bool"),
+    "Attention over buffers of a fixed size": Exported("buffers", mask="flag"),
 }
 
 
@@ -80,7 +84,14 @@ def test_logits_and_choices_are_those_of_the_export(form: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "form", ["decomposed", "MultiHeadAttention", "Attention, 3-D", "decomposed, positions from the past"]
+    "form",
+    [
+        "decomposed",
+        "MultiHeadAttention",
+        "Attention, 3-D",
+        "decomposed, positions from the past",
+        "Attention over buffers of a fixed size",
+    ],
 )
 def test_a_host_with_attention_mask_gets_the_same(form: str) -> None:
     spec = SAME[form]
@@ -88,9 +99,7 @@ def test_a_host_with_attention_mask_gets_the_same(form: str) -> None:
     assert_same_but_for_ties(stock, ours, epsilon_of(spec))
 
 
-@pytest.mark.parametrize(
-    "form", [form for form in SAME if SAME[form].form != "attention3d" or SAME[form].mask != "flag"]
-)
+@pytest.mark.parametrize("form", [form for form in SAME if SAME[form].mask != "flag" or SAME[form].form == "mha"])
 def test_only_ids_and_lengths_go_in_and_only_logits_come_out(form: str) -> None:
     spec = SAME[form]
     model = rewrite_model(exported_model(spec))
@@ -164,6 +173,30 @@ def test_a_quantised_past_goes_with_its_scales(form: str) -> None:
     assert_same_but_for_ties(stock, ours, EPSILON["float32"])
 
 
+def feed(source: onnx.ModelProto, ids: np.ndarray, *, ours: bool) -> np.ndarray:
+    """Logits of a prompt and eight tokens behind it."""
+    nodes = attention_nodes(source)
+    runner = Ours(source, nodes) if ours else Stock(source, nodes)
+    cuts = [0, PROMPT, *range(PROMPT + 1, PROMPT + 9)]
+    return np.concatenate([runner.feed(ids[None, a:b])[0] for a, b in itertools.pairwise(cuts)])
+
+
+@pytest.mark.parametrize("variant", ["norm inside", "packed"])
+def test_norms_of_query_and_key_move_in_front(variant: str) -> None:
+    spec = Exported("gqa", mask="flag", variant=variant)
+    plain = spec.but(variant="norm outside" if variant == "norm inside" else "")
+    ids = token_ids(spec)
+    stock, ours = feed(exported_model(plain), ids, ours=False), feed(exported_model(spec), ids, ours=True)
+    assert_same_but_for_ties(stock, ours, EPSILON["float32"])
+
+
+def test_a_past_as_short_as_the_window_changes_nothing() -> None:
+    spec = Exported("gqa", mask="window", variant="sliding cache")
+    stock = feed(exported_model(spec.but(variant="")), token_ids(spec), ours=False)
+    ours = feed(exported_model(spec), token_ids(spec), ours=True)
+    assert_same_but_for_ties(stock, ours, EPSILON["float32"])
+
+
 @pytest.mark.parametrize("form", ["decomposed", "Attention, 3-D", "MultiHeadAttention"])
 def test_rows_are_rows(form: str) -> None:
     spec = SAME[form]
@@ -229,6 +262,28 @@ def test_a_mask_that_hangs_on_hidden_states_is_refused() -> None:
     where.input[1] = "hidden"
     with pytest.raises(UnsupportedError, match="hangs on weights or hidden states"):
         attention_nodes(model)
+
+
+def test_a_graph_for_one_token_a_run_needs_no_mask() -> None:
+    spec = Exported(mask="none", variant="one token")
+    assert attention_nodes(exported_model(spec))[0].window == -1
+
+
+@pytest.mark.parametrize("position_ids", [True, False])
+def test_rows_of_different_lengths_get_what_they_get_alone(tmp_path: Path, position_ids: bool) -> None:
+    spec = Exported(position_ids=position_ids)
+    onnx.save(exported_model(spec), str(tmp_path / "model.onnx"))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "max_position_embeddings": spec.context}))
+    session = open_session(tmp_path, kv="f16", threads=1)
+    prompts = [token_ids(spec)[:9], token_ids(spec)[20:34]]
+    rows = [session.sequence() for _ in prompts]
+    alone = [session.sequence() for _ in prompts]
+    for row, other, prompt in zip(rows, alone, prompts, strict=True):
+        row.feed(prompt)
+        other.feed(prompt)
+    together = session.step(rows, np.array([5, 6]))
+    apart = [other.feed(np.array([token])) for other, token in zip(alone, (5, 6), strict=True)]
+    assert np.allclose(together, np.stack(apart), atol=1e-5)
 
 
 def test_states_of_other_layers_stay() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
 from inferos.errors import UnsupportedError
 from inferos.runtime.forms.base import DTYPES, AttentionNode, Call, check_heads, graph_cache
@@ -41,35 +42,75 @@ def _check(node: onnx.NodeProto, name: str, values: dict[str, Any], names: list[
         raise UnsupportedError(f"node {name!r}: unknown attribute {unknown[0]}")
     if any(node.output[3:]):
         raise UnsupportedError(f"node {name!r}: the output of its products, qk_matmul_output, is not supported")
-    if names[6]:
-        raise UnsupportedError(f"node {name!r}: nonpad_kv_seqlen, a cache of fixed size, is not supported")
+    if names[6] and names[3]:
+        raise UnsupportedError(f"node {name!r}: a mask over a cache of fixed size is not supported")
 
 
-def _sources(
-    index: GraphIndex, node: onnx.NodeProto, name: str, names: list[str]
-) -> tuple[list[str], list[str], list[str], tuple[str, ...]]:
-    """Names of new key and value, of past key and value, of the presents, and of past and new together."""
+@dataclass(frozen=True, slots=True)
+class _Sources:
+    """Names: new key and value, their pasts, the presents, past and new together, and, of buffers, where new ones go."""
+
+    news: tuple[str, str]
+    pasts: tuple[str, str]
+    presents: tuple[str, str]
+    joined: tuple[str, ...] = ()
+    places: tuple[str, ...] = ()
+
+
+def _sources(index: GraphIndex, node: onnx.NodeProto, name: str, names: list[str]) -> _Sources:
     if names[4] and names[5]:
-        presents = [*node.output[1:3], "", ""][:2]
-        graph_cache(index, name, (names[4], names[5]), (presents[0], presents[1]))
-        return names[1:3], names[4:6], presents, ()
+        presents = [*node.output[1:3], "", ""]
+        found = _Sources((names[1], names[2]), (names[4], names[5]), (presents[0], presents[1]))
+        graph_cache(index, name, found.pasts, found.presents)
+        return found
+    if names[6]:
+        return _buffers(index, name, names)
     joints = [joint_behind(index, x) for x in names[1:3]]
     if joints[0] is None or joints[1] is None:
         kept = kept_past(index, names[1])
         why = f"reads {kept!r} and adds nothing to it: cross-attention" if kept else "it has no past"
         raise UnsupportedError(f"node {name!r}: {why}")
-    pair = (joints[0], joints[1])
-    if any(joint.entry != joint.past for joint in pair):
-        raise UnsupportedError(f"node {name!r}: its past {pair[0].past!r} changes its type on the way")
+    key, value = joints[0], joints[1]
+    if key.entry != key.past or value.entry != value.past:
+        raise UnsupportedError(f"node {name!r}: its past {key.past!r} changes its type on the way")
     try:
-        return (
-            [j.new for j in pair],
-            [j.past for j in pair],
-            list(presents_of(index, pair)),
-            tuple(j.joined for j in pair),
-        )
+        presents_both = presents_of(index, (key, value))
     except UnsupportedError as error:
         raise UnsupportedError(f"node {name!r}: {error}") from error
+    return _Sources((key.new, value.new), (key.past, value.past), presents_both, (key.joined, value.joined))
+
+
+def _buffers(index: GraphIndex, name: str, names: list[str]) -> _Sources:
+    """Key and value out of buffers of a fixed size, into which TensorScatter put the new ones."""
+    writers = [index.maker(x) for x in names[1:3]]
+    for writer in writers:
+        values = {} if writer is None else attributes(writer)
+        linear = values.get("mode", "linear") == "linear" and values.get("axis", -2) in (-2, 2)
+        if writer is None or writer.op_type != "TensorScatter" or len(writer.input) < 3 or not linear:
+            raise UnsupportedError(f"node {name!r}: its key and value do not come from a TensorScatter of new tokens")
+    key, value = (writer for writer in writers if writer is not None)
+    found = _Sources(
+        (key.input[1], value.input[1]), (key.input[0], value.input[0]), (key.output[0], value.output[0]),
+        places=(key.input[2], value.input[2], names[6]),
+    )  # fmt: skip
+    graph_cache(index, name, found.pasts, found.presents)
+    return found
+
+
+def _host_lengths(nonpad: str) -> tuple[str, str, tuple[onnx.NodeProto, ...]]:
+    """seqlens_k and the total out of the tokens held per row, and the nodes that make them."""
+    root = f"inferos/{nonpad}"
+    one = helper.make_tensor("one", TensorProto.INT64, [1], [1])
+    made = (
+        helper.make_node("Constant", [], [f"{root}/one"], name=f"{root}/one", value=one),
+        helper.make_node("Sub", [nonpad, f"{root}/one"], [f"{root}/last"], name=f"{root}/last"),
+        helper.make_node(
+            "Cast", [f"{root}/last"], [f"{root}/seqlens_k"], name=f"{root}/seqlens_k", to=TensorProto.INT32
+        ),
+        helper.make_node("ReduceMax", [nonpad], [f"{root}/longest"], name=f"{root}/longest", keepdims=0),
+        helper.make_node("Cast", [f"{root}/longest"], [f"{root}/total"], name=f"{root}/total", to=TensorProto.INT32),
+    )
+    return f"{root}/seqlens_k", f"{root}/total", made
 
 
 def _heads(
@@ -93,24 +134,17 @@ def _read(index: GraphIndex, node: onnx.NodeProto, name: str, head_dim: int | No
     values = attributes(node)
     names = [*node.input, *[""] * (7 - len(node.input))]
     _check(node, name, values, names)
-    news, pasts, presents, joined = _sources(index, node, name, names)
+    sources = _sources(index, node, name, names)
+    news, pasts, presents = sources.news, sources.pasts, sources.presents
     kind = index.element_type(pasts[0])
     if kind not in DTYPES:
         raise UnsupportedError(f"node {name!r}: its past {pasts[0]!r} is neither FLOAT nor FLOAT16")
     sizes, heads_first = _heads(index, name, names, values, pasts[0], head_dim)
     check_heads(name, sizes.heads, sizes.kv_heads, sizes.head_dim, -1)
+    dtype = np.dtype(DTYPES[kind])
     piece = Piece(
-        index,
-        sizes,
-        np.dtype(DTYPES[kind]),
-        names[0],
-        news[0],
-        news[1],
-        pasts[0],
-        pasts[1],
-        node.output[0],
-        heads_first,
-    )
+        index, sizes, dtype, names[0], *news, *pasts, node.output[0], heads_first, places=sources.places
+    )  # fmt: skip
     causal, mask = bool(values.get("is_causal", 0)), names[3]
 
     def scores(case: Case, past: int, new: int) -> Array:
@@ -123,7 +157,10 @@ def _read(index: GraphIndex, node: onnx.NodeProto, name: str, head_dim: int | No
     window = measured(piece, name, mask, scores, scale, softcap)
     if values.get("softmax_precision", TensorProto.FLOAT) not in (TensorProto.FLOAT, TensorProto.DOUBLE, kind):
         raise UnsupportedError(f"node {name!r}: softmax_precision {values['softmax_precision']} is not supported")
-    call = Call(names[0], news[0], news[1], node.output[0], heads_first, scale, softcap, joined=joined)
+    call = Call(names[0], *news, node.output[0], heads_first, scale, softcap, joined=sources.joined)
+    if sources.places:
+        lengths, total, before = _host_lengths(names[6])
+        call = replace(call, lengths=lengths, total=total, before=before, buffered=True)
     return AttentionNode(
         node, name, sizes.heads, sizes.kv_heads, sizes.head_dim, window, DTYPES[kind], False, pasts[0], pasts[1],
         presents[0], presents[1], OnnxAttention.name, call,

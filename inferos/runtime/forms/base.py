@@ -43,6 +43,8 @@ class Call:
         Nodes to put in front.
     joined : tuple of str
         Tensors that hold past and new tokens together, besides the presents.
+    buffered : bool
+        Whether past and present are buffers of a fixed size, whose extent is no number of tokens.
     """
 
     query: str
@@ -61,6 +63,7 @@ class Call:
     casts: tuple[int, ...] = ()
     before: tuple[onnx.NodeProto, ...] = ()
     joined: tuple[str, ...] = ()
+    buffered: bool = False
 
     def reads(self) -> set[str]:
         """The export's tensors that the call needs."""

@@ -31,8 +31,9 @@ _IR_VERSION = 9
 
 # com.microsoft (and unregistered standard) operators whose first output is shaped as their first input.
 _SHAPED_AS_INPUT = frozenset({
-    "BiasGelu", "FastGelu", "Gelu", "GroupQueryAttention", "QuickGelu", "RMSNormalization", "RotaryEmbedding",
-    "SimplifiedLayerNormalization", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization",
+    "Attention", "BiasGelu", "FastGelu", "Gelu", "GroupQueryAttention", "MultiHeadAttention", "QuickGelu",
+    "RMSNormalization", "RotaryEmbedding", "SimplifiedLayerNormalization", "SkipLayerNormalization",
+    "SkipSimplifiedLayerNormalization",
 })  # fmt: skip
 _BROADCASTING = frozenset({
     "Add", "And", "Div", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Mul", "Or", "Pow", "Sub", "Where",
@@ -174,11 +175,11 @@ class Case:
     def _shape(self, node: onnx.NodeProto, values: list[Value | None]) -> list[Value]:
         nothing: list[Value] = [Unknown() for _ in node.output]
         known = [(n, v) for n, v in zip(node.input, values, strict=True) if v is not None]
-        if any(isinstance(v, Unknown) and v.shape is None for _, v in known):
-            return nothing
-        special = _microsoft_shape(node, values)
+        special = _shape_by_name(node, values)
         if special is not None:  # the fourth output of a Skip*LayerNormalization is the sum it was made of
             return [special if at in (0, 3) else Unknown() for at in range(len(node.output))]
+        if any(isinstance(v, Unknown) and v.shape is None for _, v in known):
+            return nothing
         try:
             schema = onnx.defs.get_schema(node.op_type, self.opsets.get(node.domain, 1), node.domain)
             found = shape_inference.infer_node_outputs(
@@ -222,7 +223,7 @@ def _unknown(kind: onnx.TypeProto) -> Unknown:
     return Unknown(tensor.elem_type, tuple(d.dim_value for d in tensor.shape.dim))
 
 
-def _microsoft_shape(node: onnx.NodeProto, values: list[Value | None]) -> Unknown | None:
+def _shape_by_name(node: onnx.NodeProto, values: list[Value | None]) -> Unknown | None:
     first = values[0] if values else None
     if first is None or (not isinstance(first, Unknown) and node.domain == ""):
         return None

@@ -18,7 +18,7 @@ from inferos.errors import UnsupportedError
 from inferos.runtime.forms.evaluate import Array, Case, UnevaluatedError, Unknown
 from inferos.runtime.forms.graph import GraphIndex, attributes, tensor_shape
 
-__all__ = ["Sizes", "case_of", "measure_window", "verify"]
+__all__ = ["Sizes", "case_of", "measure_window", "takes_one_token", "verify"]
 
 # Rows, tokens in the past, new tokens: what a decoder is asked to do. Two rows: the second is padded on the right.
 _CASES = ((1, 0, 1), (1, 0, 6), (1, 3, 1), (1, 3, 4), (2, 0, 5), (2, 4, 1))
@@ -74,6 +74,12 @@ def case_of(index: GraphIndex, rows: int, past: int, new: int, *, padded: bool =
             inputs[name] = Unknown(kind, tuple(_extents(shape, symbols, rows, past, new)))
     case = index.cases[key] = Case(index, inputs)
     return case
+
+
+def takes_one_token(index: GraphIndex) -> bool:
+    """Whether the graph is made for one token a run."""
+    ids = index.inputs.get("input_ids")
+    return ids is not None and tensor_shape(ids)[1:] == (1,)
 
 
 def _symbols(index: GraphIndex, rows: int, past: int, new: int) -> dict[str, int]:
@@ -146,11 +152,12 @@ def measure_window(index: GraphIndex, scores: Scores, cone: list[int]) -> int:
         If the mask is neither causal nor a causal sliding window.
     """
     window = -1
-    for past, new in ((0, 1), (0, 6), (3, 1), (3, 4)):
+    pair = 1 if takes_one_token(index) else 2
+    for past, new in ((0, 1), (3, 1)) if pair == 1 else ((0, 1), (0, 6), (3, 1), (3, 4)):
         window = _narrowed(scores, case_of(index, 1, past, new), past, new, window)
     for total in _lengths(index, cone):
         try:
-            window = _narrowed(scores, case_of(index, 1, total - 2, 2), total - 2, 2, window)
+            window = _narrowed(scores, case_of(index, 1, total - pair, pair), total - pair, pair, window)
         except _UnmeasuredError:
             continue  # longer than the graph's own tables
     return window
@@ -220,6 +227,8 @@ def verify(
     """
     random = np.random.default_rng(0)
     for rows, past, new in _CASES:
+        if new > 1 and takes_one_token(index):
+            continue
         padded = rows > 1 and new > 1
         case = case_of(index, rows, past, new, padded=padded)
         q = random.standard_normal((rows, sizes.heads, new, sizes.head_dim)) * 2

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from inferos.errors import UnsupportedError
-from inferos.runtime.forms.evaluate import Array, Case, Value
+from inferos.runtime.forms.evaluate import Array, Case
 from inferos.runtime.forms.graph import GraphIndex
 from inferos.runtime.forms.measure import Scores, Sizes, case_of, measure_window, verify
+
+_SPARE = 3  # places of a buffer that nothing is in
 
 __all__ = ["Piece", "causal_scores", "measured"]
 
@@ -28,6 +31,8 @@ class Piece:
         Laid out as the query.
     fixed : dict of str to array
         Tensors that stand for the graph's own in every run.
+    places : tuple of str
+        Where pasts are buffers of a fixed size: the tensors that say where new tokens go, and how many are held then.
     """
 
     index: GraphIndex
@@ -41,14 +46,19 @@ class Piece:
     output: str
     heads_first: bool
     fixed: dict[str, Array] = field(default_factory=dict)
+    places: tuple[str, ...] = ()
 
     def attend(self, case: Case, q: Array, k: Array, v: Array, past: int) -> Array:
         """See `inferos.runtime.forms.measure.Attend`."""
-        given: dict[str, Value] = dict(self.fixed)
+        given: dict[str, Any] = dict(self.fixed)
         given[self.query] = self._laid(q)
         for new, old, tokens in ((self.key, self.past_key, k), (self.value, self.past_value, v)):
             given[new] = self._laid(tokens[:, :, past:])
             given[old] = np.ascontiguousarray(tokens[:, :, :past]).astype(self.dtype)
+            if self.places:
+                given[old] = np.pad(given[old], ((0, 0), (0, 0), (0, tokens.shape[2] - past + _SPARE), (0, 0)))
+        for name in self.places:
+            given[name] = np.full(len(q), past if name != self.places[-1] else k.shape[2])
         out = case.value(self.output, given)
         if self.heads_first:
             return out

@@ -42,7 +42,11 @@ def check_readers(found: list[AttentionNode], index: GraphIndex) -> bool:
         if taken:
             asked.append(node)
         alive |= uses(node)
-    return any(_wants_length(index, node, alive) for node in asked)
+    shared = [node for node in asked if _wants_length(index, node, alive)]
+    if shared and any(call.buffered for call in calls.values()):
+        name = node_name(shared[0], index.makers[shared[0].output[0]])
+        raise UnsupportedError(f"node {name!r}: asks for the size of a buffer, which the cache does not have")
+    return bool(shared)
 
 
 def _wants_length(index: GraphIndex, shape: onnx.NodeProto, alive: set[str]) -> bool:

@@ -145,7 +145,7 @@ class ModelLayout:
     one_token_runs : bool
         Whether the graph takes one token a run.
     shared_positions : bool
-        Whether the graph counts positions from one length for all rows of a run.
+        Whether the graph counts positions from one length for all rows: rows of different lengths run apart.
     shared_buffers : bool
         Whether past and present of a layer may be one buffer, longer than the tokens held.
     model_type : str
