@@ -10,7 +10,7 @@ import onnx
 
 from inferos.errors import ModelError, UnsupportedError
 from inferos.runtime._branches import branch_input, inline_branch
-from inferos.runtime._graph import external_files, load_graph, tensor_shape
+from inferos.runtime._graph import damage_named, external_files, load_graph, tensor_shape
 from inferos.runtime.layout._layers import Attention, read_attention, shares_buffers
 from inferos.runtime.layout._places import find_model
 from inferos.runtime.layout._types import (
@@ -19,6 +19,7 @@ from inferos.runtime.layout._types import (
     TOTAL_INPUT,
     Facts,
     ModelLayout,
+    Place,
 )
 
 __all__ = ["Ports", "read_layout", "read_ports"]
@@ -61,13 +62,18 @@ def read_layout(path: str | Path, *, stock: bool = False) -> ModelLayout:
     ------
     ModelError
         If there is no usable decoder model: no folder, a damaged configuration, no, a truncated or an incomplete ONNX
-        file, external data that is missing or outside the folder, a context that nothing states.
+        file, external data that is missing or outside the folder, a damaged graph, a context that nothing states.
     UnsupportedError
         If the model is no decoder-only text model, or its attention is of a form inferos does not compute; the
         message names the node and the reason.
     """
     place = find_model(path)
     model = load_graph(place.model_path)
+    with damage_named(place.model_path):
+        return _read(place, model, stock=stock)
+
+
+def _read(place: Place, model: onnx.ModelProto, *, stock: bool) -> ModelLayout:
     external = external_files(model, place.model_path)
     ports = read_ports(model.graph, place.facts)
     branch = branch_input(model.graph)
