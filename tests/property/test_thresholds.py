@@ -48,7 +48,7 @@ def run(seed: int, thresholds: tuple[float, float, float], l2_format: str) -> tu
             weights = np.exp(q[:, head].astype(np.float64) @ k[:, head // 2].T / np.sqrt(SPEC.head_dim))
             wanted[:, head] = weights @ v[:, head // 2] / weights.sum(1, keepdims=True)
         scores = np.stack([cache.scores(0, head) for head in range(2)])
-        starts = [start for start, _ in cache.block_spans(0)]
+        starts, _ = cache.block_spans(0)
         held = np.stack([cache.formats(0, head)[starts] for head in range(2)])
         assert held.max() <= FORMATS[l2_format]
         scores[held == FORMATS[l2_format]] = np.nan
