@@ -12,6 +12,7 @@ from page_models import READ, REFUSED
 
 from inferos.errors import UnsupportedError
 from inferos.runtime.layout import ModelLayout, read_layout
+from inferos.runtime.rewrite import rewrite
 from inferos.runtime.session import open_session
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
@@ -64,6 +65,15 @@ def test_the_page_names_the_attention_of_the_graph(tmp_path: Path, name: str) ->
     form = layout.layers[0].form
     assert READ_ROWS[name][1].startswith("MatMul, Softmax, MatMul" if form == "decomposed" else form)
     assert ("in a branch" in READ_ROWS[name][1]) == bool(layout.use_cache_branch)
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_rewritten_folder_computes_the_same(tmp_path: Path, name: str) -> None:
+    source = READ[name].folder(tmp_path / "model")
+    layouts = [read_layout(source), read_layout(rewrite(source, tmp_path / "rewritten").folder)]
+    assert [layout.rewritten for layout in layouts] == [False, True]
+    first, second = (open_session(layout, kv="int8", threads=1).sequence().feed_all(PROMPT) for layout in layouts)
+    np.testing.assert_array_equal(second, first)
 
 
 @pytest.mark.parametrize("name", REFUSED)
