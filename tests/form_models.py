@@ -324,7 +324,9 @@ def _gqa(g: _Builder, layer: int, q: str, k: str, v: str, mask: str) -> str:
         inputs += ["", "", *norms]
         attributes["qk_norm_epsilon"] = 1e-6
     if spec.mask == "window":
-        attributes |= {"local_window_size": spec.window, "sliding_window_cache": int(spec.variant == "sliding cache")}
+        attributes |= {"local_window_size": spec.window}
+    if spec.variant == "sliding cache":
+        attributes |= {"sliding_window_cache": 1}
     return _node(
         g,
         "GroupQueryAttention",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from form_models import Exported, exported_model
 from form_runs import Ours, Stock, teacher_forced
@@ -63,6 +64,11 @@ SAME: dict[str, Exported] = {
     "Attention over buffers of a fixed size": Exported("buffers", mask="flag"),
 }
 
+# ONNX Runtime 1.24 has no TensorScatter and applies the softcap of Attention behind the mask: there is nothing to compare
+# with, and the models are refused there.
+if tuple(map(int, onnxruntime.__version__.split(".")[:2])) < (1, 31):
+    del SAME["Attention over buffers of a fixed size"], SAME["Attention, 4-D, softcap"]
+
 
 def assert_same_but_for_ties(stock: np.ndarray, ours: np.ndarray, epsilon: float) -> None:
     apart = np.abs(stock - ours).max()
@@ -90,7 +96,7 @@ def test_logits_and_choices_are_those_of_the_export(form: str) -> None:
         "MultiHeadAttention",
         "Attention, 3-D",
         "decomposed, positions from the past",
-        "Attention over buffers of a fixed size",
+        *(form for form in SAME if SAME[form].form == "buffers"),
     ],
 )
 def test_a_host_with_attention_mask_gets_the_same(form: str) -> None:
@@ -284,6 +290,14 @@ def test_rows_of_different_lengths_get_what_they_get_alone(tmp_path: Path, posit
     together = session.step(rows, np.array([5, 6]))
     apart = [other.feed(np.array([token])) for other, token in zip(alone, (5, 6), strict=True)]
     assert np.allclose(together, np.stack(apart), atol=1e-5)
+
+
+def test_a_graph_that_cannot_be_computed_is_refused_with_the_reason() -> None:
+    model = exported_model(Exported())
+    node = next(node for node in model.graph.node if node.op_type == "LessOrEqual")
+    node.op_type = "NoSuchOperator"
+    with pytest.raises(UnsupportedError, match=r"node '/MatMul.*cannot be computed.*NoSuchOperator"):
+        attention_nodes(model)
 
 
 def test_states_of_other_layers_stay() -> None:

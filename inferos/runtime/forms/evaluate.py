@@ -52,7 +52,7 @@ Value = Array | Unknown
 
 
 class UnevaluatedError(UnsupportedError):
-    """A tensor would be too large to look at."""
+    """A tensor would be too large to look at, or ONNX Runtime does not compute it."""
 
 
 @lru_cache(maxsize=1024)
@@ -114,7 +114,13 @@ class Case:
             if not here and all(name in self._known for name in node.output if name):
                 continue
             values = [self._look(name, local) if name else None for name in node.input]
-            results = self._node(at, node, values)
+            try:
+                results = self._node(at, node, values)
+            except UnsupportedError:
+                raise
+            except Exception as error:  # ONNX Runtime's have no common base
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                raise UnevaluatedError(f"{node.output[0]!r} cannot be computed ({reason})") from error
             (local if here else self._known).update(zip(node.output, results, strict=False))
         return self._look(target, local)
 
