@@ -52,6 +52,8 @@ class StockSession:
             layout.attention_mask: np.ones((1, total), np.int64),
             layout.position_ids: np.arange(past, total)[None, :],
             layout.logits_to_keep: 0 if keep_all else 1,
+            layout.tokens_held: [total],
+            layout.write_indices: [past],
             layout.use_cache_branch: np.full(self._branch_shape, past > 0),
         }
         return {name: np.array(value, self.types[name]) for name, value in values.items() if name}

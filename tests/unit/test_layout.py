@@ -242,6 +242,7 @@ REFUSED = {
     "causal": _attribute("causal", 0),
     "unknown attribute": _attribute("alibi", 1),
     "local_window_size": _attribute("local_window_size", 0),
+    "local_window_size 1099511627776": _attribute("local_window_size", 1 << 40),
     "output_qk": _output_qk,
     "UINT8": _past_type(TensorProto.UINT8),
     "BFLOAT16": _past_type(TensorProto.BFLOAT16),

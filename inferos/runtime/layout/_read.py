@@ -11,7 +11,7 @@ import onnx
 from inferos.errors import ModelError, UnsupportedError
 from inferos.runtime._branches import branch_input, inline_branch
 from inferos.runtime._graph import damage_named, external_files, load_graph, tensor_shape
-from inferos.runtime.layout._layers import Attention, read_attention, shares_buffers
+from inferos.runtime.layout._layers import Attention, buffer_inputs, read_attention, shares_buffers
 from inferos.runtime.layout._places import find_model
 from inferos.runtime.layout._types import (
     HANDLE_INPUT,
@@ -79,7 +79,10 @@ def _read(place: Place, model: onnx.ModelProto, *, stock: bool) -> ModelLayout:
     branch = branch_input(model.graph)
     if branch:
         inline_branch(model.graph, branch)
-    known = {ports.input_ids, ports.position_ids, ports.attention_mask, ports.logits_to_keep, branch}
+    held, written = buffer_inputs(model.graph)
+    known = {
+        ports.input_ids, ports.position_ids, ports.attention_mask, ports.logits_to_keep, branch, held, written,
+    }  # fmt: skip
     if not set(_inputs(model.graph)) - known:
         raise UnsupportedError(
             f"read_layout: {place.model_path.name} takes no past: it was exported without a KV cache "
@@ -106,6 +109,8 @@ def _read(place: Place, model: onnx.ModelProto, *, stock: bool) -> ModelLayout:
         attention_mask=ports.attention_mask,
         use_cache_branch=branch,
         logits_to_keep=ports.logits_to_keep,
+        tokens_held=held,
+        write_indices=written,
         last_logits_only=ports.last_logits_only,
         one_token_runs=ports.one_token_runs,
         shared_positions=attention.shared_positions,
