@@ -99,8 +99,29 @@ def _optimum(out: Path) -> Iterator[tuple[str, Callable[[], None]]]:
     for name in ("gemma2", "gpt2", "llama", "phi", "qwen2"):
         folder = out / f"optimum-eager-{name}"
         yield folder.name, lambda f=folder, c=made[name]: export(f, c, "eager")  # type: ignore[misc]
+    for name in ("gpt2", "llama"):
+        folder = out / f"optimum-merged-{name}"
+        yield folder.name, lambda f=folder, c=made[name]: _merged(f, c)  # type: ignore[misc]
     folder = out / "optimum-float16-llama"
     yield folder.name, lambda: export(folder, made["llama"], None, torch.float16)
+
+
+def _merged(folder: Path, config: Any) -> None:
+    """What optimum wrote before: one If between a decoder without and one with past, chosen by use_cache_branch."""
+    from optimum.exporters.onnx import model_configs
+    from optimum.exporters.onnx.convert import export
+    from optimum.onnx import merge_decoders
+
+    kind = {"gpt2": model_configs.GPT2OnnxConfig, "llama": model_configs.LlamaOnnxConfig}[config.model_type]
+    folder.mkdir(parents=True, exist_ok=True)
+    model, parts = _model(config), [folder / "decoder_model.onnx", folder / "decoder_with_past_model.onnx"]
+    for part, with_past in zip(parts, (False, True), strict=True):
+        description = kind(config, task="text-generation", use_past=True, use_past_in_inputs=with_past)
+        export(model, description, part, opset=18)
+    merge_decoders(*parts, save_path=folder / "decoder_model_merged.onnx", strict=False)
+    for part in parts:
+        part.unlink()
+    config.save_pretrained(folder)
 
 
 def _variants(out: Path) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -299,8 +320,8 @@ def main() -> int:
         import inferos
 
         records = []
-        for path in sorted(options.out.glob("*/model.onnx")):
-            records.append(check(path.parent))
+        for folder in sorted(path.parent for path in options.out.glob("*/*model*.onnx")):
+            records.append(check(folder))
             sys.stdout.write(json.dumps(records[-1]) + "\n")
         if options.json:
             versions = {"inferos": inferos.__version__, "onnxruntime": onnxruntime.__version__}

@@ -219,8 +219,10 @@ def _hidden(g: _Builder, scores: str, mask: str) -> str:
         end = g.dim("attention_mask", 1)
         at = np.arange(g.spec.context)
         table = (at[None, :] <= at[:, None]) & (at[None, :] > at[:, None] - g.spec.window)
-        rows = g.add("Slice", g.constant(table, np.bool_), start, end, g.constant([0]))
-        return g.add("Where", g.add("Slice", rows, g.constant([0]), end, g.constant([1])), scores, g.number(-1e4))
+        whole = g.constant(table[None, None], np.float32 if g.spec.variant == "float table" else np.bool_)
+        rows = g.add("Slice", whole, start, end, g.constant([2]))
+        seen = g.add("Cast", g.add("Slice", rows, g.constant([0]), end, g.constant([3])), to=TensorProto.BOOL)
+        return g.add("Where", seen, scores, g.number(-1e4))
     return g.add("Add", scores, mask)
 
 

@@ -9,8 +9,8 @@
 
 namespace inferos::attention {
 
-// What a layer's output would change by, were the keys of its finished blocks INT4 and not INT8, over a sample of the row's newest queries and all heads. Measured
-// on a few of each head's blocks, whose values are INT4 both times, and taken to be so in the others; everything else that a query sees is as it is held.
+// What a layer's output would change by, were the keys of its finished blocks INT4 and not INT8, over a sample of the row's newest 64 queries and all heads. Measured
+// on each head's heaviest blocks, whose values are INT4 both times, and taken to be so in the others by their share of the attention; everything else that a query sees is as it is held.
 // Blocks that are INT4 already count for nothing; nullopt where no other is.
 std::optional<kv::KeyError> int4_error(const RowPlan& row, const Shape& shape, Executor& executor);
 

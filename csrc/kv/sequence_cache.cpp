@@ -376,6 +376,12 @@ void SequenceCache::mass_folded(std::size_t layer) noexcept {
   s.scores[layer].folded(s.grid(layer), s.length + s.step.tokens);
 }
 
+double SequenceCache::mass_at(std::size_t layer, std::size_t head, std::int64_t position) const {
+  const State& s = *state_;
+  s.check_layer("mass_at", layer);
+  return s.scores.empty() ? -1.0 : s.scores[layer].mass(s.grid(layer), head, s.grid(layer).find(position));
+}
+
 double SequenceCache::score(std::size_t layer, std::size_t head, std::size_t index) const {
   const State& s = *state_;
   s.check_layer("score", layer);
@@ -393,7 +399,7 @@ bool SequenceCache::wants_key_check(std::size_t layer) const {
   if (!s.options.policy || !s.options.policy->check_keys || s.options.formats[layer] != Format::kInt4) return false;
   const Grid& grid = s.grid(layer);
   return s.has_appended(layer) && grid.size() != 0 && grid[0].finished() &&
-         s.keys[layer].is_due(s.length + s.step.tokens);
+         s.keys[layer].is_due(s.length + s.step.tokens, s.step.tokens);
 }
 
 void SequenceCache::keys_checked(std::size_t layer, const KeyError& error) noexcept {

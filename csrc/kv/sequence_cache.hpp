@@ -75,6 +75,8 @@ class SequenceCache {
   bool wants_mass(std::size_t layer) const;
   void fold_mass(std::size_t layer, std::size_t head, std::span<const float> mass) noexcept;
   void mass_folded(std::size_t layer) noexcept;
+  // Averaged share of the head's attention of the block that covers a position behind the sinks; < 0 where it was not measured.
+  double mass_at(std::size_t layer, std::size_t head, std::int64_t position) const;
   // Importance of a block of the grid; NaN where it is not known.
   double score(std::size_t layer, std::size_t head, std::size_t index) const;
   // Whether the queries of this layer's appended step should be used to see what INT4 keys do to its output; and what they said.

@@ -208,6 +208,15 @@ def figures(generation: Generation) -> dict[str, Any]:
     }
 
 
+def pool(model: Model) -> dict[str, Any] | None:
+    """What all sequences of the model hold together, in bytes, now and at most so far."""
+    stats = model.kv_pool
+    if stats is None:
+        return None
+    names = ("budget_bytes", "reserved_bytes", "reserved_high_water_bytes", "used_bytes", "used_high_water_bytes")
+    return {name: getattr(stats, name) for name in names} | {"budget_bytes": stats.budget_bytes or None}
+
+
 def policy_in_force(model: Model) -> dict[str, Any]:
     """The policy for a report: version, reason, requested, effective, notes."""
     return dataclasses.asdict(model.effective_policy)

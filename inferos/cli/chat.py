@@ -54,6 +54,7 @@ def chat(
                 "kv": loaded.kv,
                 "policy": _generation.policy_in_force(loaded),
                 "turns": turns,
+                "kv_pool": _generation.pool(loaded),
             },
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -98,6 +99,7 @@ def _answer(loaded: Model, text: str, model: str, options: _generation.Answering
             "policy": _generation.policy_in_force(loaded),
             "text": generation.text,
             **numbers,
+            "kv_pool": _generation.pool(loaded),
         },
     )
 
@@ -127,6 +129,7 @@ def _answers(
             "batch_size": size,
             "tokens_per_s": speed,
             "rows": rows,
+            "kv_pool": _generation.pool(loaded),
         },
     )
     failed = sum(row["error"] is not None for row in rows)
@@ -159,7 +162,7 @@ def _test(request: _generation.Request, prompts: list[str] | None, options: _gen
         raise typer.Exit(1)
     with _generation.load_model(request) as loaded:
         start = prompts[0] if prompts else _TEST_PROMPT
-        generation = loaded.generate(start, **{**options.of_generate(), "max_tokens": _TEST_TOKENS})
+        generation = loaded.generate(start, **dataclasses.replace(options, max_tokens=_TEST_TOKENS).of_generate())
         _generation.stream(generation, options.text_to)
         numbers = _generation.figures(generation)
         typer.echo(_generation.one_line(numbers, loaded.kv), err=True)

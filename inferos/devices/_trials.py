@@ -25,7 +25,8 @@ class Trial:
     ----------
     model : bytes
         Takes x (rows, in) float32 and gives y (rows, out) float32.
-    x, y : (rows, in) and (rows, out) float32
+    x : (rows, in) float32
+    y : (rows, out)
     operator : str
         The one in question.
     tolerance : float
@@ -34,7 +35,7 @@ class Trial:
 
     model: bytes
     x: Float32
-    y: Float32
+    y: npt.NDArray[np.floating[Any]]
     operator: str
     tolerance: float
 
@@ -56,7 +57,7 @@ def _model(nodes: list[onnx.NodeProto], constants: Mapping[str, npt.NDArray[Any]
     return serialized
 
 
-def _int8(values: Float32) -> tuple[npt.NDArray[np.int8], np.float32]:
+def _int8(values: npt.NDArray[np.floating[Any]]) -> tuple[npt.NDArray[np.int8], np.float32]:
     scale = np.float32(np.abs(values).max() / 127)
     return np.clip(np.rint(values / scale), -127, 127).astype(np.int8), scale
 

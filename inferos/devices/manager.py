@@ -51,7 +51,8 @@ class DeviceManager:
     Parameters
     ----------
     probe : Probe, optional
-        What looks at the machine; the installed ONNX Runtime unless given. It is asked once, when something is needed.
+        What looks at the machine; the installed ONNX Runtime unless given. It is asked once, when something is
+        needed, and again after `refresh`.
     """
 
     def __init__(self, probe: Probe | None = None) -> None:
@@ -61,6 +62,10 @@ class DeviceManager:
     def found(self) -> Found:
         """What the machine has, and what could not be found out."""
         return self._probe.find()
+
+    def refresh(self) -> None:
+        """Look again when something is needed next: a device may have come or gone."""
+        self.__dict__.pop("found", None)
 
     @property
     def available_providers(self) -> tuple[str, ...]:

@@ -29,6 +29,9 @@ from inferos.runtime.routes import Routes
 __all__ = ["CompressedSequence", "CompressedSession"]
 
 
+_ROLES: tuple[Role, Role] = ("prefill", "decode")
+
+
 class CompressedSession:
     """A decoder whose attention keeps K and V in inferos' cache.
 
@@ -49,7 +52,6 @@ class CompressedSession:
         arena: Arena,
         threads: int,
         prefill_chunk: int,
-        iobinding: bool = True,
         routes: Routes | None = None,
         failover: StepFailover | None = None,
     ) -> None:
@@ -59,8 +61,9 @@ class CompressedSession:
         self.rules = rules
         self.measured_delta_ppl: QualitySource = lambda: None
         self.placer: Placer | None = None
+        self.iobinding = True  # whether its engines bind the arrays of a decode step
         self.sequence().close()  # wrong options show here, before the weights are read
-        self.routes = Routes([open_runner(layout, threads=threads, iobinding=iobinding)]) if routes is None else routes
+        self.routes = Routes([open_runner(layout, threads=threads)]) if routes is None else routes
         self.failover = StepFailover(RobustFallbackManager()) if failover is None else failover
 
     @property
@@ -84,11 +87,14 @@ class CompressedSession:
         # Engines behind the first may not be open.
         return bool(self.layout.logits_to_keep) or self.routes.prefill[0].trims
 
-    def engine_states(self, role: Role) -> tuple[EngineState, ...]:
+    def engine_states(self) -> dict[Role, tuple[EngineState, ...]]:
         """Engines in the order in which the next step of a role would try them; those that hang come last."""
-        health, engines = self.failover.manager.health, self.routes.of(role)
-        order = health.order(engines)
-        return health.states([*order, *(engine for engine in engines if engine not in order)])
+        health, found = self.failover.manager.health, dict[Role, tuple[EngineState, ...]]()
+        for role in _ROLES:
+            engines = self.routes.of(role)
+            order = health.order(engines)
+            found[role] = health.states([*order, *(engine for engine in engines if engine not in order)])
+        return found
 
     def prefer(self, device: str) -> None:
         """Run prefill and decode on the engines of a device first, from the next step on.
@@ -98,8 +104,7 @@ class CompressedSession:
         ProviderError
             If a role has none; nothing is changed.
         """
-        roles: tuple[Role, Role] = ("prefill", "decode")
-        orders = [sorted(self.routes.of(role), key=lambda e: e.device != device) for role in roles]
+        orders = [sorted(self.routes.of(role), key=lambda e: e.device != device) for role in _ROLES]
         if any(order[0].device != device for order in orders):
             raise ProviderError(f"no engine of this session runs on {device}")
         self.routes.place(prefill=orders[0], decode=orders[1])
@@ -189,10 +194,11 @@ class CompressedSession:
         role: Role = "decode" if keep_all or ids.shape[1] == 1 else "prefill"
         step = _Step(self.layout, turns, ids, keep_all)
         engines = self.routes.of(role)
+        preferred = engines[0]
         if len(engines) > 1:
             return self.failover.run(engines, step)
         try:
-            return engines[0].run(step.feeds(engines[0]))
+            return preferred.run(step.feeds(preferred))
         except ORT_ERRORS as error:
             raise _typed(turns, error) from error
 

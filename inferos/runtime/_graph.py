@@ -21,6 +21,7 @@ from inferos.runtime.forms import (
     OUR_OP,
     AttentionNode,
     attention_nodes,
+    is_table,
     subgraphs,
     tensor_shape,
     uses,
@@ -88,7 +89,8 @@ def damage_named(path: Path) -> Iterator[None]:
 def _tells_a_mask(tensor: TensorProto) -> bool:
     """Whether a constant may be a mask, an index or a shape: what decides the meaning of attention is read."""
     size = math.prod(tensor.dims)
-    table = len(tensor.dims) >= 2 and tensor.dims[-1] == tensor.dims[-2] and tensor.data_type in (*_WHOLE, *_BYTES)
+    square = len(tensor.dims) >= 2 and tensor.dims[-1] == tensor.dims[-2]
+    table = is_table(tensor.dims) or (square and tensor.data_type in (*_WHOLE, *_BYTES))
     return bool(size <= (_LARGEST_TABLE if table else _LARGEST_VECTOR if tensor.data_type in _WHOLE else 0))
 
 

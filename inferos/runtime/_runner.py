@@ -82,7 +82,8 @@ def open_runner(layout: ModelLayout, *, threads: int, device: Device = CPU, iobi
         Threads inside a node; 0 = as many as ONNX Runtime finds right.
     device : Device
     iobinding : bool
-        Whether a decode step's arrays are bound once; `io.enable_iobinding` of a policy.
+        Whether a decode step's arrays are bound once; `io.enable_iobinding` of a policy. Not on a device with memory of
+        its own.
 
     Raises
     ------
@@ -93,7 +94,8 @@ def open_runner(layout: ModelLayout, *, threads: int, device: Device = CPU, iobi
     options = session_options(threads)
     register(options)
     session = open_ort(graph, options, folder, device)
-    bindings = Bindings.of(session, layout) if iobinding else None
+    # ONNX Runtime copies an input to a device's own memory when it is bound, not when it is run: it would stay the first.
+    bindings = Bindings.of(session, layout) if iobinding and device.kind == "cpu" else None
     return Runner(session, layout.logits, trims=trims, bindings=bindings, name=device.name, device=device.word)
 
 

@@ -184,8 +184,6 @@ class BatchDecoder:
         prefill_tokens: int = 512,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        if not isinstance(max_rows, int) or isinstance(max_rows, bool) or max_rows < 1:
-            raise ConfigError(f"max_rows: {max_rows!r} is not a whole number of at least 1")
         self._session = session
         self._prefill_tokens = prefill_tokens
         self.max_rows = max_rows
@@ -194,6 +192,17 @@ class BatchDecoder:
         self.decode_seconds = 0.0
         self._rows: list[Row] = []
         self._waiting: deque[Row] = deque()
+
+    @property
+    def max_rows(self) -> int:
+        """Rows decoded together. May be changed at any time; rows that are in stay till they end."""
+        return self._max_rows
+
+    @max_rows.setter
+    def max_rows(self, rows: int) -> None:
+        if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
+            raise ConfigError(f"max_rows: {rows!r} is not a whole number of at least 1")
+        self._max_rows = rows
 
     @property
     def rows(self) -> int:

@@ -10,6 +10,7 @@ from inferos.config import Policy, Thresholds
 from inferos.devices.placement import Placement
 from inferos.kv.policy import PolicyVersion
 from inferos.runtime.cache_rules import CacheRules
+from inferos.runtime.failover import EngineState
 
 __all__ = ["EffectivePolicy", "describe_policy"]
 
@@ -49,7 +50,9 @@ def describe_policy(
     *,
     word: str,
     budget_bytes: int | None,
+    iobinding: bool | None = None,
     placement: Placement | None = None,
+    engines: Mapping[Any, tuple[EngineState, ...]] | None = None,
 ) -> EffectivePolicy:
     """Compare a policy with what a session does.
 
@@ -65,20 +68,31 @@ def describe_policy(
         The `--kv` word of the model.
     budget_bytes : int, optional
         Of the arena, 0 = no limit; None where there is no arena.
+    iobinding : bool, optional
+        Whether the session binds a step's arrays; None where that is not known.
     placement : Placement, optional
         The devices in force; None where the session runs on the processor and nowhere else.
+    engines : mapping of str to tuple of EngineState, optional
+        Of each role, as the next step would try them.
     """
     policy = version.policy
     requested = policy.requested()
-    notes = [*_cache_notes(policy, first, rules, word), *_device_notes(requested, placement)]
+    notes = [
+        *_cache_notes(policy, first, rules, word),
+        *_device_notes(requested, placement),
+        *_engine_notes(engines or {}),
+    ]
     wanted = requested.get("io", {}).get("host_pool_bytes")
     if wanted is not None and budget_bytes is not None and wanted != budget_bytes:
         notes.append(
             f"io.host_pool_bytes: {budget_bytes or 'no limit'} (requested {wanted}: set when the model is opened)"
         )
+    if iobinding is not None and policy.io.enable_iobinding != iobinding:
+        in_force, asked = str(iobinding).lower(), str(not iobinding).lower()
+        notes.append(f"io.enable_iobinding: {in_force} (requested {asked}: set when the model is opened)")
     effective = {
         "kv": None if rules is None else _shown(rules),
-        "io": {"host_pool_bytes": budget_bytes or None},
+        "io": {"host_pool_bytes": budget_bytes or None, "enable_iobinding": iobinding},
         "scheduler": {
             "mode": None if placement is None else placement.mode,
             "prefill_device": "cpu" if placement is None else placement.prefill.device.word,
@@ -132,4 +146,13 @@ def _device_notes(requested: Mapping[str, Any], placement: Placement | None) -> 
         f"scheduler.{name}: cpu (requested {value}: this session runs on the CPU provider)"
         for name, value in requested.get("scheduler", {}).items()
         if value not in ("cpu", "auto", "hybrid")
+    ]
+
+
+def _engine_notes(engines: Mapping[Any, tuple[EngineState, ...]]) -> list[str]:
+    return [
+        f"scheduler.{role}_device: {states[0].name} ({left.name} was left: {left.reason.value})"
+        for role, states in engines.items()
+        for left in states[1:]
+        if left.reason is not None
     ]

@@ -18,6 +18,7 @@ import numpy as np
 from inferos.config import Policy, check_kv, load_policy, parse_size
 from inferos.devices.placement import Placement, asked_for
 from inferos.errors import ClosedError, ConfigError, ContextError, ModelError
+from inferos.kv import ArenaStats
 from inferos.kv.policy import PolicyStore, PolicyVersion
 from inferos.runtime.batch import MAX_ROWS, Batch, BatchDecoder
 from inferos.runtime.cache_rules import CacheRules
@@ -32,7 +33,6 @@ from inferos.runtime.prompts import (
     DEFAULT_MAX_TOKENS,
     GenerateOptions,
     Prompt,
-    PromptInList,
     are_messages,
     are_prompts,
     checked_ids,
@@ -46,7 +46,7 @@ from inferos.runtime.tokenizer import TextTokenizer, read_json
 
 __all__ = ["DEFAULT_MAX_TOKENS", "Model", "Prompt", "load", "resolve_model"]
 
-P = TypeVar("P", bound=PromptInList)
+P = TypeVar("P", bound=Prompt)
 R = TypeVar("R", bound=Run)
 Prepared = tuple[Sampler, Limits, SpeculationGate | None]  # the options of a generation, checked
 
@@ -255,8 +255,16 @@ class Model:
             getattr(self.session, "rules", None),
             word=self._word,
             budget_bytes=None if arena is None else arena.stats().budget_bytes,
+            iobinding=getattr(self.session, "iobinding", None),
             placement=self.placement,
+            engines=self.engine_states(),
         )
+
+    @property
+    def kv_pool(self) -> ArenaStats | None:
+        """Bytes of KV that all sequences hold, now and at most so far; None where ONNX Runtime keeps the cache."""
+        arena: Any = getattr(self.session, "arena", None)
+        return None if arena is None else arena.stats()
 
     @property
     def placement(self) -> Placement | None:
@@ -290,13 +298,9 @@ class Model:
         return self.set_policy({"scheduler": changes}, reason)
 
     def engine_states(self) -> dict[Role, tuple[EngineState, ...]]:
-        """Who runs prefill and decode: the engines as the next step would try them, those that were left with the reason.
-
-        Empty where the session has no choice.
-        """
+        """Engines of prefill and decode as the next step would try them; where the session has no choice, none."""
         states = getattr(self.session, "engine_states", None)
-        roles: tuple[Role, Role] = ("prefill", "decode")
-        return {} if states is None else {role: states(role) for role in roles}
+        return {} if states is None else states()
 
     def watch_quality(self, source: Callable[[], float | None]) -> None:
         """Let mode dynamic follow a measured quality: `source` gives the newest delta PPL, or None.

@@ -162,6 +162,24 @@ class Placer:
         """What is in force; None before the first `follow`."""
         return self._placement
 
+    def report(self) -> dict[str, Any] | None:
+        """For metrics: the placement, the load of each device by role, the temperature; None before the first `follow`.
+
+        `ms_per_token` and `temperature_c` are None where they are unknown; figures come only from roles that are auto.
+        """
+        placement = self._placement
+        if placement is None:
+            return None
+        loads = []
+        for device in placement.speeds:
+            for role in _ROLES:
+                load = self.balancer.load(role, device)
+                milliseconds = None if load.seconds is None else 1000 * load.seconds
+                loads.append(
+                    {"device": device.name, "role": role, "ms_per_token": milliseconds, "running": load.running}
+                )
+        return {**placement.report(), "load": loads, "temperature_c": temperature()}
+
     def serve(self, session: Placed, policy: Policy) -> None:
         """Begin to place the engines of a session that has these `routes`.
 
@@ -185,6 +203,7 @@ class Placer:
         with self._lock:
             if asked == self._asked:
                 return
+            self._failed.clear()  # asked again, tried again
             speeds = self._measured() if "auto" in asked[1:] else {}
             while True:
                 placement = plan_placement(policy, self.manager, speeds=speeds, without=self._failed)

@@ -17,7 +17,6 @@ __all__ = [
     "DEFAULT_MAX_TOKENS",
     "GenerateOptions",
     "Prompt",
-    "PromptInList",
     "are_messages",
     "are_prompts",
     "checked_ids",
@@ -27,9 +26,6 @@ DEFAULT_MAX_TOKENS = 256
 
 Prompt = str | Sequence[int] | npt.NDArray[np.integer[Any]] | Sequence[Message]
 """A text, ids (tokens,), or messages for the model's chat template."""
-
-PromptInList = str | list[int] | tuple[int, ...] | npt.NDArray[np.integer[Any]] | list[Message] | tuple[Message, ...]
-"""A prompt as it may stand in a list of prompts."""
 
 
 class GenerateOptions(TypedDict, total=False):

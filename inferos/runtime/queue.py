@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, Protocol, Self, Unpack
+from typing import TYPE_CHECKING, Generic, Literal, Protocol, Self, TypeVar, Unpack
 
 from inferos.errors import ClosedError, ConfigError, QueueFullError
 from inferos.runtime.batch import MAX_ROWS, BatchDecoder, Row, RowSource
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from inferos.runtime.model import Model
 
 __all__ = ["Clock", "Line", "Priority", "RequestQueue"]
+
+T = TypeVar("T")
 
 Priority = Literal["high", "medium", "low"]
 CLASSES: tuple[Priority, ...] = ("high", "medium", "low")
@@ -58,7 +60,7 @@ class _SystemClock:
         condition.wait(seconds)
 
 
-class Line:
+class Line(Generic[T]):
     """Requests that wait, in the order in which they join. Knows no time but what it is told, and no thread.
 
     Parameters
@@ -73,13 +75,13 @@ class Line:
         self._max_wait = max_wait
         self._max_waiting = max_waiting
         self._aging = aging
-        self._heap: list[tuple[float, int, float, Priority, Row]] = []
+        self._heap: list[tuple[float, int, float, Priority, T]] = []
         self._numbers = itertools.count()
 
     def __len__(self) -> int:
         return len(self._heap)
 
-    def push(self, row: Row, priority: Priority, now: float) -> None:
+    def push(self, row: T, priority: Priority, now: float) -> None:
         """Let a request wait.
 
         Raises
@@ -100,11 +102,11 @@ class Line:
             return 0.0
         return max(min(came for _, _, came, _, _ in self._heap) + self._max_wait - now, 0.0)
 
-    def pop(self, room: int) -> list[Row]:
+    def pop(self, room: int) -> list[T]:
         """Those that join, as many as there is room."""
         return [heapq.heappop(self._heap)[-1] for _ in range(min(room, len(self._heap)))]
 
-    def discard(self, gone: Callable[[Row], bool]) -> list[Row]:
+    def discard(self, gone: Callable[[T], bool]) -> list[T]:
         """Take out the requests that are gone; they are returned."""
         taken = [entry[-1] for entry in self._heap if gone(entry[-1])]
         if taken:
@@ -152,7 +154,7 @@ class RequestQueue:
             raise ConfigError(f"max_waiting: {max_waiting!r} is not a whole number of at least 1")
         self._model = model
         self._decoder: BatchDecoder = model._decoder(max_rows)  # noqa: SLF001 - a part of Model
-        self._line = Line(max_wait=max_wait, max_waiting=max_waiting, aging=aging)
+        self._line = Line[Row](max_wait=max_wait, max_waiting=max_waiting, aging=aging)
         self._clock: Clock = clock or _SystemClock()
         self._changed = threading.Condition()  # over everything above; the worker holds it but while a step runs
         self._drainers = 0
@@ -171,6 +173,19 @@ class RequestQueue:
         """Requests that are being continued."""
         with self._changed:
             return self._decoder.rows
+
+    @property
+    def max_rows(self) -> int:
+        """Requests continued together. May be changed while it runs, such as under memory pressure; those that are in
+        stay till they end.
+        """
+        return self._decoder.max_rows
+
+    @max_rows.setter
+    def max_rows(self, rows: int) -> None:
+        with self._changed:
+            self._decoder.max_rows = rows
+            self._changed.notify_all()
 
     def submit(
         self,

@@ -6,7 +6,8 @@ Every attention, in whatever form (`inferos.runtime.forms`), becomes ``inferos::
 ``layer``. The cache's inputs and outputs go; ``inferos_handle`` (int64, one per row) names each row's cache. A folder
 keeps attention_mask, so that any host that runs the export runs the rewritten model with one more input. In our own
 sessions two small inputs take the place of the mask, whose length would grow with the context: ``inferos_seqlens_k``
-(int32, per row: total tokens minus 1) and ``inferos_total_length`` (int32 scalar: the longest row).
+(int32, per row: total tokens minus 1) and ``inferos_total_length`` (int32 scalar: the longest row). Rows of a first
+prompt that are shorter than others are padded behind, as GroupQueryAttention wants them, whatever the export took.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import threading
 from collections.abc import Callable
 from typing import Protocol
@@ -51,13 +52,13 @@ class Run:
         self.error: BaseException | None = None
         self.ended = False
         self._on_end = on_end
-        self._texts: list[str] = []
+        self._text = io.StringIO()
         self._kv: tuple[int | None, int | None] = (None, None)
 
     @property
     def text(self) -> str:
         """The text given out so far."""
-        return "".join(self._texts)
+        return self._text.getvalue()
 
     @property
     def finish_reason(self) -> FinishReason | None:
@@ -69,7 +70,7 @@ class Run:
         if self.first_token_seconds is None:
             self.first_token_seconds = seconds
         self.tokens += 1
-        self._texts.append(token.text)
+        self._text.write(token.text)
 
     def end(self, error: BaseException | None = None) -> None:
         """It is over: by itself, cancelled, or by an error. The figures stay. Ending twice does nothing."""

@@ -119,6 +119,7 @@ def open_session(
         routes=placer.routes,
     )
     session.placer = placer
+    session.iobinding = iobinding
     placer.serve(session, policy or Policy())
     return session
 

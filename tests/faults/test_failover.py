@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
+import random
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +18,7 @@ from fakes import PassingEngine
 from models import Tiny, tiny_folder, token_ids
 from test_step_faults import CutModel
 
-from inferos.errors import BudgetError, ClosedError, ProviderError
+from inferos.errors import BudgetError, ClosedError, ModelError, ProviderError
 from inferos.kv import Arena
 from inferos.runtime._compressed import CompressedSession
 from inferos.runtime._ort import ORT_ERRORS
@@ -22,7 +26,7 @@ from inferos.runtime._runner import Runner, open_runner
 from inferos.runtime.cache_rules import CacheRules
 from inferos.runtime.failover import FallbackReason, RobustFallbackManager
 from inferos.runtime.failover.steps import StepFailover
-from inferos.runtime.failover.workers import Waitable
+from inferos.runtime.failover.workers import StepTimeoutError, Waitable, Workers, deadline
 from inferos.runtime.layout import read_layout
 from inferos.runtime.model import Model
 from inferos.runtime.protocols import Engine
@@ -135,7 +139,7 @@ class Bench:
         ]
 
     def healthy(self) -> list[PassingEngine]:
-        return [PassingEngine(runner) for runner in self.runners]
+        return [PassingEngine(runner) for runner in self.runners]  # all of one name, for routes that fail in one role
 
 
 @pytest.fixture(scope="module")
@@ -300,7 +304,7 @@ def test_an_engine_is_tried_again_when_its_device_is_due(bench: Bench, device: s
 
 
 def test_a_step_that_no_engine_does_fails_and_none_is_blamed(bench: Bench) -> None:
-    engines = [FaultyEngine(runner, "engine", 1, "throws", WHEN[2], bench.cut) for runner in bench.runners]
+    engines = bench.faulty(1, "throws", WHEN[2], 3)
     session = bench.session("int8", Routes(bench.runners[:1], engines))
     plain = bench.undisturbed("int8").sequence()
     sequence = session.sequence()
@@ -314,6 +318,35 @@ def test_a_step_that_no_engine_does_fails_and_none_is_blamed(bench: Bench) -> No
     assert {state.reason for state in manager.health.states(engines)} == {None}
     np.testing.assert_array_equal(sequence.feed(PROMPT[:1]), plain.feed(PROMPT[:1]))
     assert [len(engine.runs) for engine in engines] == [2, 1, 1]
+
+
+class Unopened(dict[str, Any]):
+    """Input types that are not known before the engine is opened, which fails."""
+
+    def __contains__(self, _name: object) -> bool:
+        raise ModelError("the device refuses the model")
+
+
+def test_an_engine_that_does_not_open_is_left_like_one_that_fails(bench: Bench) -> None:
+    unopened, last = bench.faulty(0, "throws", WHEN[0], 0)[1:]
+    engines = bench.faulty(2, "throws", WHEN[0], 1)[:1]
+    unopened.types = Unopened()
+    session = bench.session("int8", Routes(bench.runners[:1], [*engines, unopened, last]))
+    sequence = session.sequence()
+    for _ in range(3):
+        sequence.feed(PROMPT[:1])
+    assert [len(engine.runs) for engine in (*engines, unopened, last)] == [2, 0, 2]
+    assert [failover.left for failover in session.failover.manager.failovers] == ["engine 0", "engine 1"]
+
+
+def test_a_device_that_fails_in_one_role_is_left_in_the_other(bench: Bench) -> None:
+    decode = bench.faulty(1, "throws", WHEN[0], 1)[:2]
+    prefill = bench.faulty(0, "throws", WHEN[0], 0)[:2]  # other objects of the same names
+    sequence = bench.session("int8", Routes(prefill, decode)).sequence()
+    sequence.feed(PROMPT[:CHUNK])
+    sequence.feed(PROMPT[:1])
+    sequence.feed(PROMPT[:CHUNK])
+    assert [len(engine.runs) for engine in prefill] == [1, 1]
 
 
 def test_an_engine_that_waits_is_better_than_none(bench: Bench) -> None:
@@ -397,3 +430,102 @@ def test_steps_run_on_the_callers_thread_unless_they_have_a_deadline(bench: Benc
     workers = {thread for thread, _ in seen[6:]}
     assert len(workers) == 1  # one that stays
     assert threading.current_thread() not in workers
+
+
+class EveryHour(Clock):
+    """Any engine is due again with the next look."""
+
+    def __call__(self) -> float:
+        self.now += 3600
+        return self.now
+
+
+@pytest.mark.parametrize("kv", ["int8", "auto"])
+def test_runs_that_are_given_up_while_they_really_run_change_nothing(bench: Bench, kv: str) -> None:
+    # No fake hangs here: the runs left behind write, or try to, while the same step runs elsewhere.
+    patience = random.Random(3)
+    engines = bench.faulty(0, "throws", WHEN[0], 0)
+    seconds = (0.0, 1e-4, 3e-4, 6e-4, 1.0)
+    session = bench.session(kv, Routes(engines), wait=lambda done: done.acquire(timeout=patience.choice(seconds)))
+    session.failover.manager = RobustFallbackManager(clock=EveryHour(), notify=lambda _: None)
+    plain, sequence = bench.undisturbed(kv).sequence(), session.sequence()
+    ids = token_ids(800, TINY.vocab, seed=5)
+    place = 0
+    while place < len(ids):
+        count = patience.choice((1, 1, 1, CHUNK))
+        step = ids[place : place + count]
+        place += count
+        np.testing.assert_array_equal(sequence.feed(step), plain.feed(step), err_msg=f"at token {place}")
+    assert session.failover.manager.failover_count > 20
+
+
+def test_threads_fail_over_side_by_side(bench: Bench) -> None:
+    class Shaky(PassingEngine):
+        def run(self, feeds: Mapping[str, Any], *, run_options: Any = None) -> Any:
+            logits = super().run(feeds, run_options=run_options)
+            if next(draws) % 4 == 0:
+                raise ProviderError("the fake failed")
+            return logits
+
+    draws = itertools.count()
+    engines: list[PassingEngine] = [Shaky(runner) for runner in bench.runners[:2]] + bench.healthy()[2:]
+    for number, engine in enumerate(engines):
+        engine.name = f"engine {number}"
+    session = bench.session("int8", Routes(engines), wait=wait_for([]))
+    session.failover.manager = RobustFallbackManager(clock=EveryHour(), notify=lambda _: None)
+    wanted = {seed: fed_alone(bench.undisturbed("int8"), seed) for seed in range(4)}
+    got: dict[int, Any] = {}
+
+    def work(seed: int) -> None:
+        got[seed] = fed_alone(session, seed)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in wanted]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed, logits in wanted.items():
+        np.testing.assert_array_equal(got[seed], logits)
+    assert session.failover.manager.failover_count > 50
+
+
+def fed_alone(session: CompressedSession, seed: int) -> Any:
+    """Logits of 150 steps of a sequence of its own."""
+    sequence = session.sequence()
+    return np.stack([sequence.feed(token[None]) for token in token_ids(150, TINY.vocab, seed=seed)])
+
+
+def test_workers_keep_their_results_apart() -> None:
+    workers = Workers()
+    got: dict[int, list[Any]] = {}
+
+    def work(number: int) -> None:
+        calls = [functools.partial(tuple, (number, count)) for count in range(300)]
+        got[number] = [workers.run(call, deadline(60), lambda: None) for call in calls]
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert got == {number: [(number, count) for count in range(300)] for number in range(4)}
+    with pytest.raises(ZeroDivisionError):
+        workers.run(lambda: 1 / 0, deadline(60), lambda: None)
+
+
+def test_a_worker_that_is_given_up_ends_with_its_call() -> None:
+    others, workers = set(threading.enumerate()), Workers()
+    forsaken: list[bool] = []
+    late: list[StepTimeoutError] = []
+    for _ in range(200):  # given up before, while and after the call is made
+        try:
+            workers.run(lambda: None, lambda done: done.acquire(timeout=0), lambda: forsaken.append(True))
+        except StepTimeoutError as error:
+            late.append(error.with_traceback(None))
+    assert len(forsaken) == len(late) > 0
+    del workers
+    end = time.monotonic() + 60
+    while set(threading.enumerate()) - others and time.monotonic() < end:
+        time.sleep(0.001)
+    assert set(threading.enumerate()) <= others
+    assert all(error.returned() for error in late)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 import threading
 from pathlib import Path
 from typing import Any
@@ -244,3 +246,15 @@ def test_figures_are_those_of_the_preferred_and_of_the_shortest(tmp_path: Path, 
     session = opened(stock, Fault(), Fault())
     assert (session.kv, session.vocab_size, session.context_length) == ("off", TINY.vocab, TINY.context)
     assert session.sequence().kv_bytes == session.sequence().kv_elements == 0
+
+
+def test_runs_that_are_given_up_while_they_really_run_change_nothing(stock: list[Any]) -> None:
+    patience, now = random.Random(3), itertools.count(0, 3600)
+    places = [Place(f"place {number}", "cpu", real) for number, real in enumerate(stock)]
+    manager = RobustFallbackManager(clock=lambda: float(next(now)), notify=lambda _: None)
+    session = ReplaySession(places, manager, lambda done: done.acquire(timeout=patience.choice((0.0, 1e-3, 1.0, 1.0))))
+    plain, sequence = stock[0].sequence(), session.sequence()
+    for place in range(0, 200, 2):
+        ids = token_ids(200, TINY.vocab)[place : place + 2]
+        np.testing.assert_allclose(sequence.feed(ids), plain.feed(ids), atol=1e-5, err_msg=f"at token {place}")
+    assert session.manager.failover_count > 10

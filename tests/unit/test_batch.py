@@ -18,6 +18,7 @@ from inferos.config import Policy
 from inferos.errors import BudgetError, ClosedError, ConfigError, ContextError, ModelError, ProviderLost, ShapeError
 from inferos.runtime.batch import Batch
 from inferos.runtime.model import Model
+from inferos.runtime.prompts import Prompt
 
 
 def counter(**options: Any) -> tuple[Model, FakeSession]:
@@ -45,11 +46,10 @@ def test_a_list_of_prompts_is_a_batch(prompts: Any) -> None:
 
 def test_texts_and_messages_may_stand_in_one_list(tmp_path: Path) -> None:
     folder = byte_folder(tmp_path)
-    model, session = Model(FakeSession(), folder=folder), None
-    batch = model.generate(["ab", [{"role": "user", "content": "hi"}], [7]], 1)
+    prompts: list[Prompt] = ["ab", [{"role": "user", "content": "hi"}], [7]]
+    batch = Model(FakeSession(), folder=folder).generate(prompts, 1)
     list(batch)
     assert [row.prompt_tokens for row in batch.rows] == [2, len("u:hi;a:"), 1]
-    assert session is None
 
 
 @pytest.mark.parametrize(

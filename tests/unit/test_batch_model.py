@@ -56,9 +56,9 @@ def test_greedy_tokens_of_a_batch_are_those_of_single_runs(model: Model, texts: 
     rows: list[list[int]] = [[] for _ in prompts]
     for row, token in batch:
         rows[row].append(token.id)
-    for prompt, row in zip(prompts, rows, strict=True):
+    for prompt, found in zip(prompts, rows, strict=True):
         alone = [token.id for token in model.generate(prompt, STEPS, ignore_eos=True)]
-        differs = next((at for at, pair in enumerate(zip(row, alone, strict=True)) if pair[0] != pair[1]), None)
+        differs = next((at for at, pair in enumerate(zip(found, alone, strict=True)) if pair[0] != pair[1]), None)
         if differs is not None:  # then they were too near to tell apart, and the texts go separate ways
             assert gap(model, prompt, alone[:differs]) < 2 * EPSILON
 
@@ -89,9 +89,9 @@ def test_a_budget_that_is_used_up_ends_one_row_and_the_others_go_on(texts: list[
                 found[row].append(token.id)
         failed = [isinstance(row.error, BudgetError) for row in batch.rows]
         assert sum(failed) == 1
-        for row, wanted, ended in zip(found, alone, failed, strict=True):
-            assert row == wanted[: len(row)]
-            assert ended == (len(row) < 150)
+        for ids, wanted, ended in zip(found, alone, failed, strict=True):
+            assert ids == wanted[: len(ids)]
+            assert ended == (len(ids) < 150)
 
 
 def test_requests_of_the_queue_are_answered_as_alone(model: Model, texts: list[Ids]) -> None:

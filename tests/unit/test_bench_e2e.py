@@ -296,7 +296,7 @@ def test_a_baseline_without_shared_buffers_is_refused(tmp_path: Path) -> None:
         StockSession(layout, FORMS[0], 1)
 
 
-def test_run_benchmark_isbench_e2e_on_that_model(
+def test_run_benchmark_is_bench_e2e_on_that_model(
     tiny: ModelLayout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from inferos.cli import bench_e2e
@@ -304,11 +304,12 @@ def test_run_benchmark_isbench_e2e_on_that_model(
     monkeypatch.setattr(bench_e2e, "_CONTEXTS", (CONTEXT,))
     monkeypatch.setattr(bench_e2e, "_ROUNDS", 2)
     path = tmp_path / "run.json"
-    result = call("run", tiny.folder, "--benchmark", "--json", path)
+    result = call("run", tiny.folder, "--benchmark", "--batch-size", "2", "--json", path)
     assert result.exit_code == 0, result.output
     report = json.loads(path.read_text())
     assert report["bench"] == "e2e"
     assert len(report["rows"]) == 5
+    assert {row["batch"] for row in report["rows"]} == {2}
 
 
 def test_run_without_a_prompt_is_refused(tiny: ModelLayout) -> None:

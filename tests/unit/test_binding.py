@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import json
+import os
 import shutil
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -108,6 +111,7 @@ def test_the_policy_switches_it(folder: Path) -> None:
         assert isinstance(session, CompressedSession)
         engine: Any = session.routes.decode[0]
         assert engine.bound == wanted
+        assert session.iobinding == wanted
 
 
 def benchmark(name: str) -> Any:
@@ -152,3 +156,17 @@ def test_thousands_of_steps_keep_no_memory(folder: Path) -> None:
     decode(2000)
     gc.collect()
     assert sys.getallocatedblocks() - before < 50
+
+
+@pytest.mark.skipif(shutil.which("cc") is None or sys.platform != "linux", reason="needs a C compiler and /proc")
+def test_the_soak_tells_allocations_times_and_growth(tmp_path: Path) -> None:
+    out = tmp_path / "soak.json"
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "decode_soak.py"), "--steps", "2000", "--rounds", "20", "--json", str(out)],
+        capture_output=True, text=True, timeout=300, check=False, env=os.environ | {"PYTHONPATH": str(BENCHMARKS)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    record = json.loads(out.read_text())
+    assert record["allocations"]["step"] <= 30
+    assert record["memory"]["steps"] == 2000
+    assert record["memory"]["growth_bytes"] < 1 << 20

@@ -222,6 +222,9 @@ def test_run_takes_the_prompt_from_stdin_and_its_numbers_go_to_json(tmp_path: Pa
     assert numbers["tokens"] == 5
     assert numbers["finish_reason"] == "length"
     assert numbers["kv_bytes"] > 0
+    pool = numbers["kv_pool"]
+    assert numbers["kv_bytes"] <= pool["used_high_water_bytes"] <= pool["reserved_high_water_bytes"]
+    assert pool["budget_bytes"] == 4 << 30
 
 
 def test_run_answers_several_prompts_together_in_their_order(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from devices import CPU, DML, MIGRAPHX, OPENVINO_NPU, VITIS, WEBGPU, FakeRuntime
 from inferos.config import Policy
 from inferos.devices.capability import CAPABILITIES, DeviceCapabilityChecker, suggest_policy
 from inferos.devices.manager import DeviceManager
-from inferos.devices.probe import Device, OrtProbe
+from inferos.devices.probe import Device, OrtProbe, _installed_plugins, _windows_catalog
 from inferos.errors import ConfigError
 
 
@@ -66,6 +68,15 @@ def test_a_device_that_failed_is_not_chosen_again() -> None:
     assert manager.choose("cpu", without=[manager.cpu]).device == manager.cpu
 
 
+def test_a_device_that_comes_later_is_found_after_a_refresh() -> None:
+    runtime, manager = found()
+    assert manager.choose("gpu").device == manager.cpu
+    runtime.entries.append(DML)
+    assert manager.choose("gpu").device == manager.cpu
+    manager.refresh()
+    assert manager.choose("gpu").device.word == "dml"
+
+
 def test_plug_ins_and_the_catalog_are_registered_once_and_a_broken_one_is_reported() -> None:
     def catalog() -> list[tuple[str, str]]:
         return [("VitisAIExecutionProvider", "vitis.dll"), ("BrokenExecutionProvider", "broken.dll")]
@@ -83,6 +94,51 @@ def test_plug_ins_and_the_catalog_are_registered_once_and_a_broken_one_is_report
     first = OrtProbe(FakeRuntime([CPU]), catalog=catalog, plugins=plugins).find()
     assert any("cannot load broken.dll" in problem for problem in first.problems)
     assert any("no such package" in problem for problem in first.problems)
+
+
+def put_module(monkeypatch: pytest.MonkeyPatch, name: str, **members: Any) -> None:
+    module = ModuleType(name)
+    module.__spec__ = ModuleSpec(name, None)
+    vars(module).update(members)
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+def test_windows_ml_gives_the_providers_that_are_on_the_machine_and_downloads_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said: list[str] = []
+
+    class Provider:
+        def __init__(self, name: str, state: str) -> None:
+            self.name = name
+            self.library_path = f"{name}.dll"
+            self.ready_state = SimpleNamespace(name=state)
+
+        def ensure_ready(self) -> None:
+            said.append(self.name)
+
+    class Catalog:
+        def find_all_providers(self) -> list[Provider]:
+            return [Provider("Vitis", "NotReady"), Provider("MIGraphX", "Ready"), Provider("QNN", "NotPresent")]
+
+        def close(self) -> None:
+            said.append("closed")
+
+    put_module(monkeypatch, "windowsml", EpCatalog=Catalog)
+    assert _windows_catalog() == []
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert _windows_catalog() == [("Vitis", "Vitis.dll"), ("MIGraphX", "MIGraphX.dll")]
+    assert said == ["Vitis", "MIGraphX", "closed"]
+
+
+def test_an_installed_plug_in_package_names_its_provider_and_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    put_module(
+        monkeypatch,
+        "onnxruntime_ep_webgpu",
+        get_ep_name=lambda: "WebGpuExecutionProvider",
+        get_library_path=lambda: "webgpu.so",
+    )
+    assert ("WebGpuExecutionProvider", "webgpu.so") in _installed_plugins()
 
 
 def test_a_built_in_provider_without_devices_is_one_and_a_remote_one_is_none() -> None:
@@ -182,6 +238,16 @@ def test_the_processor_can_do_everything() -> None:
     assert {"MatMulNBits", "MatMulInteger", "QuantizeLinear"} <= checker.get_supported_operators("CPUExecutionProvider")
     assert suggest_policy(can) == {}
     assert checker.get_supported_operators("NoSuchProvider") == set()
+
+
+@pytest.mark.device
+def test_every_provider_of_this_machine_says_what_it_can_do_and_why_not() -> None:
+    checker = DeviceCapabilityChecker()
+    for device in checker.manager.devices:
+        can = checker.check(device)
+        assert list(can) == [*CAPABILITIES, "error"]
+        assert (can["error"] is None) is all(can[name] for name in CAPABILITIES), device.describe()
+        Policy().update(suggest_policy(can))
 
 
 def test_a_provider_that_computes_int4_wrong_cannot_do_it_and_its_band_is_closed() -> None:

@@ -41,6 +41,7 @@ SAME: dict[str, Exported] = {
     "decomposed, one kv head": Exported(kv_heads=(1, 1)),
     "decomposed, sliding window": Exported(mask="window"),
     "decomposed, sliding window in a table": Exported(mask="table"),
+    "decomposed, sliding window in a table of floats": Exported(mask="table", variant="float table"),
     "decomposed, softcap": Exported(softcap=5.0),
     "decomposed, layers of different shapes": Exported(kv_heads=(1, 4), head_dim=(64, 16)),
     "decomposed, layer ids with gaps": Exported(ids=(3, 7), names="past_{}_{}"),
@@ -141,10 +142,11 @@ def test_a_graph_whose_nodes_are_out_of_order_is_read() -> None:
     assert_same_but_for_ties(stock, ours, epsilon_of(spec))
 
 
-def test_a_mask_in_a_file_beside_the_model_is_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("variant", ["", "float table"])
+def test_a_mask_in_a_file_beside_the_model_is_read(tmp_path: Path, variant: str) -> None:
     path = tmp_path / "model.onnx"
     onnx.save(
-        exported_model(Exported(mask="table")),
+        exported_model(Exported(mask="table", variant=variant)),
         str(path),
         save_as_external_data=True,
         location="data",

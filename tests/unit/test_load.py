@@ -61,7 +61,8 @@ def test_stopping_anywhere_and_going_on_gives_the_undisturbed_text(model: Model)
 def test_the_default_is_int8_within_the_policys_pool() -> None:
     with inferos.load("reference") as model:
         assert (model.kv, model.name) == ("int8", "reference")
-        assert model.session.arena.stats().budget_bytes == 4 << 30  # type: ignore[attr-defined]
+        assert model.kv_pool is not None
+        assert model.kv_pool.budget_bytes == 4 << 30
 
 
 def test_a_policy_sets_window_and_sinks_and_auto_follows_its_mode() -> None:
@@ -155,3 +156,22 @@ def test_an_unknown_format_is_refused() -> None:
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError):
         load(tmp_path)
+
+
+def test_the_pool_remembers_the_most_it_held() -> None:
+    with inferos.load("reference") as model:
+        list(model.generate(list(range(1, 300)), 3))
+        pool = model.kv_pool
+        assert pool is not None
+        assert 0 == pool.used_bytes < pool.used_high_water_bytes <= pool.reserved_high_water_bytes
+    with inferos.load("reference", "off") as model:
+        assert model.kv_pool is None
+
+
+def test_iobinding_is_in_force_as_the_model_was_opened() -> None:
+    with load("reference", policy={"io": {"enable_iobinding": False}}) as model:
+        assert model.effective_policy.effective["io"]["enable_iobinding"] is False
+        assert model.effective_policy.notes == ()
+        model.set_policy({"io": {"enable_iobinding": True}}, "test")
+        (note,) = model.effective_policy.notes
+        assert note == "io.enable_iobinding: false (requested true: set when the model is opened)"

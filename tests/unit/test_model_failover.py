@@ -60,6 +60,7 @@ def test_a_model_says_who_runs_it_and_why_another_was_left(tmp_path: Path) -> No
     assert (first.name, first.device, first.reason) == (runner.name, "cpu", None)
     assert (second.name, second.reason) == ("fast", FallbackReason.DEVICE_ERROR)
     assert model.fallbacks.failover_count == 1
+    assert model.effective_policy.notes == (f"scheduler.decode_device: {runner.name} (fast was left: device_error)",)
     assert model.fallbacks.failovers[-1].reason is FallbackReason.DEVICE_ERROR
     assert model.fallbacks.failovers[-1].taken == runner.name
 

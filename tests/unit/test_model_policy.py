@@ -193,7 +193,7 @@ def test_what_is_in_force_stands_beside_what_was_asked_for() -> None:
     assert found.effective["kv"]["format"] == "int4"
     assert found.effective["kv"]["recent_window"] == 32
     assert found.effective["kv"]["level_thresholds"] is None
-    assert found.effective["io"] == {"host_pool_bytes": 1 << 30}
+    assert found.effective["io"] == {"host_pool_bytes": 1 << 30, "enable_iobinding": True}
     assert found.notes == ("kv.mode: not in force, kv=int4 is a fixed format",)
 
 
@@ -215,7 +215,7 @@ def test_what_only_new_sequences_or_a_new_model_can_take_up_is_said(dynamic: Mod
 def test_without_compression_the_policy_is_said_not_to_be_in_force() -> None:
     with opened("off") as model:
         found = model.effective_policy
-    assert (found.effective["kv"], found.effective["io"]) == (None, {"host_pool_bytes": None})
+    assert (found.effective["kv"], found.effective["io"]) == (None, {"host_pool_bytes": None, "enable_iobinding": None})
     assert found.notes == ("kv: not in force, kv=off leaves the cache to ONNX Runtime",)
 
 

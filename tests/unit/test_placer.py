@@ -5,7 +5,9 @@ Where this machine has only the processor, a second session with other options s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,11 @@ from inferos.devices.balancer import LoadBalancer
 from inferos.devices.manager import DeviceManager
 from inferos.devices.placement import asked_for, kv_bits
 from inferos.devices.probe import CPU, Device
-from inferos.errors import ConfigError, ModelError
+from inferos.errors import ConfigError, ModelError, ProviderError
 from inferos.kv import Arena
+from inferos.runtime import _runner as runner_module
 from inferos.runtime._compressed import CompressedSession
-from inferos.runtime._ort import session_options
+from inferos.runtime._ort import open_ort, session_options
 from inferos.runtime._runner import Runner, _decoder_graph, open_runner
 from inferos.runtime.cache_rules import CacheRules
 from inferos.runtime.layout import ModelLayout, read_layout
@@ -57,7 +60,7 @@ class Counting(PassingEngine):
 
 def stand_in(layout: ModelLayout, device: Device) -> Runner:
     """The processor with other threads, no graph optimisation and no arena of ONNX Runtime's."""
-    graph, trims = _decoder_graph(layout)
+    graph, _, trims = _decoder_graph(layout)
     options = session_options(2)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.enable_cpu_mem_arena = False
@@ -79,7 +82,7 @@ class Bench:
         *entries: tuple[str, str, str],
         policy: Mapping[str, Any] | None = None,
         kv: str = "int8",
-        broken: tuple[str, ...] = (),
+        broken: Sequence[str] = (),
         clock: Any = None,
         balancer: LoadBalancer | None = None,
         ticks: Mapping[str, Callable[[], None]] | None = None,
@@ -225,6 +228,15 @@ def test_a_device_that_does_not_open_is_passed_over_with_its_reason(tmp_path: Pa
     bench.tokens(3)
 
 
+def test_a_device_that_did_not_open_is_tried_again_when_asked_for_again(tmp_path: Path) -> None:
+    broken = ["dml-gpu"]
+    bench = Bench(tmp_path, DML, policy=HYBRID, broken=broken)
+    assert bench.devices == ("cpu", "cpu")
+    broken.clear()
+    bench.model.place(decode="gpu")
+    assert bench.devices == ("dml", "dml")
+
+
 def test_without_a_processor_that_runs_it_there_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="cpu has no driver"):
         Bench(tmp_path, broken=("cpu",))
@@ -238,6 +250,44 @@ def test_the_processor_stands_behind_another_device_and_is_opened_when_needed(tm
     bench.session.routes.place(decode=bench.session.routes.decode[2:])
     assert bench.tokens(20) == wanted
     assert set(bench.engines) == {"openvino-npu", "cpu"}
+
+
+@pytest.mark.parametrize("lost_at", [1, 3, 4, 30])
+def test_a_device_that_dies_under_a_sequence_is_left_for_the_processor_and_no_token_changes(
+    tmp_path: Path, lost_at: int
+) -> None:
+    wanted = Bench(tmp_path / "a").tokens()
+    runs = iter(range(1, 1000))
+
+    def die() -> None:
+        if next(runs) >= lost_at:
+            raise ProviderError("device removed")
+
+    bench = Bench(tmp_path / "b", DML, policy={"scheduler": {"mode": "gpu_only"}}, ticks={"dml-gpu": die})
+    assert bench.tokens() == wanted
+    prompt_runs, steps = bench.engines["cpu"].runs.values()
+    assert prompt_runs + steps == 102 - (lost_at - 1)
+
+
+def test_devices_change_under_several_threads_and_each_gets_its_own_tokens(tmp_path: Path) -> None:
+    wanted = Bench(tmp_path / "a").tokens()
+    bench = Bench(tmp_path / "b", DML)
+    over = threading.Event()
+
+    def move() -> None:
+        while not over.is_set():
+            for word in ("gpu", "cpu"):
+                bench.model.place(prefill=word, decode=word)
+
+    mover = threading.Thread(target=move)
+    mover.start()
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda _: bench.tokens(), range(8)))
+    finally:
+        over.set()
+        mover.join()
+    assert found == [wanted] * 8
 
 
 def test_an_unknown_device_is_refused_and_changes_nothing(tmp_path: Path) -> None:
@@ -275,6 +325,11 @@ def test_auto_measures_and_leaves_the_processor_only_for_what_is_clearly_faster(
     assert measured == pytest.approx({"CPUExecutionProvider": 10.0, "DmlExecutionProvider": 10.0 * gpu})
     assert "measured" in report["decode"]["reason"]
     assert clock.now < 1, "measuring is bounded"
+    metrics = bench.placer.report()
+    assert metrics is not None
+    loads = {(row["device"], row["role"]): row["ms_per_token"] for row in metrics["load"]}
+    assert loads["cpu", "decode"] == pytest.approx(10.0)
+    assert metrics["temperature_c"] is None or metrics["temperature_c"] > -50
 
 
 def test_auto_places_each_role_by_its_own_measure(tmp_path: Path) -> None:
@@ -329,6 +384,18 @@ def test_four_bits_are_asked_for_where_everything_may_have_them_and_the_provider
     policy = Policy().update({"kv": {"level_thresholds": levels, "l2_format": "k4v4"}})
     assert kv_bits(policy, webgpu) == 4
     assert kv_bits(policy, webgpu, int4_works=False) == 8
+
+
+def test_arrays_are_bound_once_only_where_the_device_reads_them_at_every_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = read_layout(tiny_folder(tmp_path, TINY))
+    monkeypatch.setattr(
+        runner_module, "open_ort", lambda graph, options, folder, _device: open_ort(graph, options, folder)
+    )
+    gpu, openvino = Device("gpu", "WebGpuExecutionProvider", "gpu"), Device("cpu", "OpenVINOExecutionProvider", "cpu")
+    bound = [open_runner(layout, threads=1, device=device).bound for device in (CPU, openvino, gpu)]
+    assert bound == [True, True, False]
 
 
 # A second provider, where one is installed --------------------------------------------------------------------------

@@ -146,26 +146,38 @@ def test_draining_an_empty_queue_returns_at_once(queue: RequestQueue) -> None:
     queue.drain()
 
 
+def test_fewer_rows_let_no_more_join_than_that(clock: FakeClock) -> None:
+    gate = Gate()
+    with RequestQueue(Model(gate), max_rows=2, clock=clock) as queue:
+        rows = [queue.submit([start, start + 1], 4) for start in (1, 10)]
+        assert gate.inside.wait(30)
+        queue.max_rows = 1
+        rows += [queue.submit([start, start + 1], 3) for start in (20, 30)]
+        gate.open.set()
+        queue.drain()
+        assert [row.tokens for row in rows] == [4, 4, 3, 3]
+        assert gate.steps == [2, 2, 2]
+        with pytest.raises(ConfigError, match="max_rows"):
+            queue.max_rows = 0
+
+
 # ---- in which order ----
 
 
-def order(line: Line, room: int = 1000) -> list[Any]:
-    return line.pop(room)
-
-
 def test_high_joins_before_medium_and_medium_before_low() -> None:
-    line = Line()
-    for name, priority in (("a", "low"), ("b", "medium"), ("c", "high"), ("d", "medium"), ("e", "high")):
-        line.push(name, priority, 0.0)  # type: ignore[arg-type]
-    assert order(line) == ["c", "e", "b", "d", "a"]
+    line: Line[str] = Line()
+    arrivals: dict[str, Priority] = {"a": "low", "b": "medium", "c": "high", "d": "medium", "e": "high"}
+    for name, priority in arrivals.items():
+        line.push(name, priority, 0.0)
+    assert line.pop(9) == ["c", "e", "b", "d", "a"]
 
 
 def test_a_request_that_waits_rises_by_a_class_each_aging_period() -> None:
-    line = Line(aging=1.0)
-    line.push("low", "low", 0.0)  # type: ignore[arg-type]
-    line.push("early", "high", 1.9)  # type: ignore[arg-type]
-    line.push("late", "high", 2.1)  # type: ignore[arg-type]
-    assert order(line) == ["early", "low", "late"]
+    line: Line[str] = Line(aging=1.0)
+    line.push("low", "low", 0.0)
+    line.push("early", "high", 1.9)
+    line.push("late", "high", 2.1)
+    assert line.pop(9) == ["early", "low", "late"]
 
 
 PRIORITIES: tuple[Priority, ...] = ("high", "medium", "low")
@@ -174,20 +186,20 @@ ARRIVALS = st.lists(st.tuples(st.floats(0, 0.5), st.sampled_from(PRIORITIES), st
 
 @given(arrivals=ARRIVALS, aging=st.sampled_from([0.0, 0.3, 1.0]))
 def test_nobody_is_overtaken_by_what_came_long_after(arrivals: list[tuple[float, Priority, int]], aging: float) -> None:
-    line, now = Line(aging=aging), 0.0
+    line, now = Line[int](aging=aging), 0.0
     came: dict[int, tuple[float, Priority]] = {}
     joined: list[int] = []
     waited_at: dict[int, list[int]] = {}
     for number, (gap, priority, room) in enumerate(arrivals):
         now += gap
-        line.push(number, priority, now)  # type: ignore[arg-type]
+        line.push(number, priority, now)
         came[number] = (now, priority)
         for name in line.pop(room):
             waited_at[name] = [other for other in came if other not in joined]
-            joined.append(name)  # type: ignore[arg-type]
+            joined.append(name)
     for name in line.pop(1000):
         waited_at[name] = [other for other in came if other not in joined]
-        joined.append(name)  # type: ignore[arg-type]
+        joined.append(name)
     assert sorted(joined) == list(came)
     for name in joined:
         at, priority = came[name]
@@ -206,9 +218,9 @@ def test_nobody_is_overtaken_by_what_came_long_after(arrivals: list[tuple[float,
 def test_the_line_fires_by_its_rule_and_no_other(
     waiting: list[tuple[float, Priority]], room: int, later: float
 ) -> None:
-    line, now = Line(max_wait=0.1), 1.0 + later
+    line, now = Line[int](max_wait=0.1), 1.0 + later
     for number, (at, priority) in enumerate(sorted(waiting)):
-        line.push(number, priority, at)  # type: ignore[arg-type]
+        line.push(number, priority, at)
     seconds = line.seconds_to_fire(room, now)
     if not waiting or room == 0:
         assert seconds is None

@@ -234,6 +234,23 @@ def test_auto_keeps_keys_in_int8_where_real_queries_say_so(key_scale, query_scal
         assert count(cache, wanted) >= 10
 
 
+@pytest.mark.parametrize(("pull", "wanted"), [(0.0, "k8v4"), (40.0, "int4")])
+def test_keys_that_get_no_attention_may_be_moved(pull, wanted):
+    random = np.random.default_rng(0)
+    with KVCache([SPEC], kv="auto", l2_format="auto") as cache:
+        k, v = rows(0, PROMPT, SPEC)
+        k[:-64, :, [3, 7, 19, 23]] *= 20.0
+        k[..., 0] = 0.0
+        k[-64:, :, 0] = pull
+        q = random.standard_normal((PROMPT, HEADS, SPEC.head_dim), dtype=np.float32)
+        q[..., 0] = 12.0  # pulled, they look at the window alone
+        cache.begin(PROMPT)
+        cache.append(0, k, v)
+        cache.attend(0, q)
+        cache.commit()
+        assert cache.l2_formats == (wanted,)
+
+
 def test_a_layer_found_unsafe_stays_so():
     with KVCache([SPEC], kv="auto", thresholds=(1.0, 1.0, 0.0), l2_format="auto") as cache:
         step(cache, PROMPT)

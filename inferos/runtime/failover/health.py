@@ -18,7 +18,7 @@ class Named(Protocol):
 
     @property
     def name(self) -> str:
-        """What people are told; engines may share one."""
+        """What people are told. Engines of one name are one: what fails in one role is left in the other."""
         ...
 
     @property
@@ -32,7 +32,7 @@ _Engine = TypeVar("_Engine", bound=Named)
 
 @dataclass
 class _State:
-    engine: Named  # held, so that its id stays its own
+    device: str
     backoffs: dict[FallbackReason, BackoffStrategy] = field(default_factory=dict)
     reason: FallbackReason | None = None  # None = healthy
     retry_at: float = 0.0
@@ -77,7 +77,7 @@ class EngineHealth:
     def __init__(self, clock: Callable[[], float], present: Callable[[str], bool] = lambda _device: True) -> None:
         self._clock = clock
         self._present = present
-        self._states: dict[int, _State] = {}  # of engines that were ever left
+        self._states: dict[str, _State] = {}  # of engines that were ever left
         self._unwell = 0  # how many of them are not healthy
         self._lock = threading.Lock()
 
@@ -93,7 +93,7 @@ class EngineHealth:
             fit: list[_Engine] = []
             waiting: list[tuple[float, _Engine]] = []
             for engine in engines:
-                state = self._states.get(id(engine))
+                state = self._states.get(engine.name)
                 if state is None or state.reason is None or self._due(state, now):
                     fit.append(engine)
                 elif not state.hangs():
@@ -120,7 +120,7 @@ class EngineHealth:
             For a run that hangs: whether it has come back. Until then the engine is not used at all.
         """
         with self._lock:
-            state = self._states.setdefault(id(engine), _State(engine))
+            state = self._states.setdefault(engine.name, _State(engine.device))
             backoff = state.backoffs.setdefault(reason, REASONS[reason].backoff())
             delay = max(backoff.get_delay(), RETRY_SECONDS.get(engine.device, 0.0), at_least)
             self._unwell += state.reason is None
@@ -133,7 +133,7 @@ class EngineHealth:
         if not self._unwell:
             return False
         with self._lock:
-            state = self._states.get(id(engine))
+            state = self._states.get(engine.name)
             if state is None or state.reason is None:
                 return False
             state.reason = None
@@ -150,7 +150,7 @@ class EngineHealth:
         """Engines of a device are due: something was done about it."""
         with self._lock:
             for state in self._states.values():
-                if state.engine.device == device:
+                if state.device == device:
                     state.retry_at = self._clock()
 
     def states(self, engines: Sequence[Named]) -> tuple[EngineState, ...]:
@@ -158,14 +158,14 @@ class EngineHealth:
         with self._lock:
             found = []
             for engine in engines:
-                state = self._states.get(id(engine))
+                state = self._states.get(engine.name)
                 failed = state is not None and state.reason is not None
                 reason, at = (state.reason, state.retry_at) if failed and state is not None else (None, None)
                 found.append(EngineState(engine.name, engine.device, reason, at))
             return tuple(found)
 
     def _due(self, state: _State, now: float) -> bool:
-        device = state.engine.device
+        device = state.device
         if not self._present(device):
             state.retry_at = now + RETRY_SECONDS.get(device, 0.0)
             return False

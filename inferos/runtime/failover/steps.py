@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy.typing as npt
 import onnxruntime as ort
 
-from inferos.errors import ConfigError
+from inferos.errors import ConfigError, ModelError, ProviderError
 from inferos.runtime.failover.attempts import first_that_works
 from inferos.runtime.failover.manager import RobustFallbackManager
 from inferos.runtime.failover.workers import Wait, Workers, deadline
@@ -80,7 +80,11 @@ class StepFailover:
         )
 
     def _attempt(self, engine: Engine, step: Step, *, alone: bool) -> _Logits:
-        feeds = step.feeds(engine)  # here: a thread that starts late must not find the handles of the next attempt
+        try:
+            # Here: a thread that starts late must not find the handles of the next attempt.
+            feeds = step.feeds(engine)
+        except ModelError as error:  # an engine that is opened with its first use
+            raise ProviderError(f"{engine.name} cannot be opened: {error}") from error
         if self._wait is None or alone:
             return engine.run(feeds)
         options = ort.RunOptions()

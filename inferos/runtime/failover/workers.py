@@ -48,7 +48,8 @@ class _Worker:
         self._call: Callable[[], Any] | None = None
         self._result: Any = None
         self._error: BaseException | None = None
-        self._stopped = False
+        self._given_up = False
+        self._guard = threading.Lock()  # over the end of a call and its being given up
         # A call that never comes back must not keep the process from ending.
         threading.Thread(target=self._serve, name="inferos-step", daemon=True).start()
 
@@ -68,9 +69,17 @@ class _Worker:
         return result
 
     def stop(self) -> None:
-        """End the thread, after its call."""
-        self._stopped = True
+        """End the thread; no call is being made."""
         self._go.release()
+
+    def give_up(self) -> None:
+        """End the thread as soon as its call is back, if it is not by now."""
+        with self._guard:
+            self._given_up = True
+            back = self._call is None
+        if back:
+            self._result = self._error = None
+            self.stop()
 
     def returned(self) -> bool:
         """Whether no call is being made any more."""
@@ -87,11 +96,13 @@ class _Worker:
             except BaseException as error:  # noqa: BLE001 - raised again where the result is taken
                 self._error = error
             del call
-            self._call = None
-            if self._stopped:
-                self._result = self._error = None
-                return
-            self.done.release()
+            with self._guard:
+                self._call = None
+                if not self._given_up:
+                    self.done.release()
+                    continue
+            self._result = self._error = None
+            return
 
 
 class Workers:
@@ -130,12 +141,14 @@ class Workers:
             back = wait(worker.done)
         finally:
             if not back:
-                worker.stop()
                 forsake()
+                worker.give_up()
         if not back:
             raise StepTimeoutError("the step is not back at its deadline", worker.returned)
-        self._idle.append(worker)
-        return worker.result()
+        try:
+            return worker.result()
+        finally:
+            self._idle.append(worker)  # not before its result was taken: another thread may start it at once
 
 
 def _stop_all(workers: list[_Worker]) -> None:

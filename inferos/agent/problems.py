@@ -1,0 +1,38 @@
+"""What the agent answers when it refuses: ``{"error": {"code", "message", "details"}}``, without traceback, path or echo."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+__all__ = ["Headers", "Problem", "problem_body"]
+
+Headers = Iterable[tuple[bytes, bytes]]
+
+
+class Problem(Exception):  # noqa: N818 - an answer, not a fault
+    """A request that is refused.
+
+    Parameters
+    ----------
+    code : int
+        The HTTP status.
+    message : str
+    details : str, optional
+        What was wrong with which part of the request.
+    headers : (name, value) pairs, lower case
+    """
+
+    def __init__(self, code: int, message: str, details: str | None = None, headers: Headers = ()) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.details = details
+        self.headers = tuple(headers)
+
+
+def problem_body(code: int, message: str, details: str | None = None) -> bytes:
+    """The body of an answer that refuses."""
+    error: dict[str, Any] = {"code": code, "message": message, "details": details}
+    return json.dumps({"error": error}).encode()
