@@ -34,9 +34,10 @@ class StockSession:
         self.ort = open_ort(layout.model_path, session_options(threads), layout.model_path.parent)
         self.types = input_types(self.ort)
         self.pasts = past_tensors(self.ort, layout)
-        self._branch_shape: list[int] = next(
+        stated: list[int | str | None] = next(
             (v.shape for v in self.ort.get_inputs() if v.name == layout.use_cache_branch), []
         )
+        self._branch_shape = [extent if isinstance(extent, int) else 1 for extent in stated]
 
     def cache(self) -> StockCache:
         """Tensors of a sequence without tokens."""

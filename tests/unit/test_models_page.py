@@ -12,6 +12,7 @@ from folder_models import huggingface_folder
 from page_models import READ, REFUSED
 
 from inferos.errors import UnsupportedError
+from inferos.runtime.environment import versions
 from inferos.runtime.layout import ModelLayout, read_layout
 from inferos.runtime.rewrite import rewrite
 from inferos.runtime.session import open_session
@@ -33,6 +34,11 @@ def rows(heading: str) -> dict[str, list[str]]:
     return {row[-1].strip("`"): row[:-1] for row in table(heading)}
 
 
+# What older runtimes do not compute, so that neither the export runs nor its meaning can be measured.
+ORT = tuple(int(part) for part in (versions()["onnxruntime"] or "0").split(".")[:2])
+NEWER = {"genai-sliding-cache", "optimum-attention-buffers"}
+_newer = pytest.mark.skipif(ORT < (1, 31), reason="this ONNX Runtime does not run the export")
+RUN = [pytest.param(name, marks=_newer if name in NEWER else ()) for name in READ]
 READ_ROWS, REFUSED_ROWS = rows("What is read"), rows("What is refused")
 
 
@@ -66,7 +72,7 @@ def logits(layout: ModelLayout, kv: str, given: npt.NDArray[np.int64] | None) ->
     return np.concatenate(found)
 
 
-@pytest.mark.parametrize("name", READ)
+@pytest.mark.parametrize("name", RUN)
 def test_f16_is_within_the_stated_epsilon_of_the_export(tmp_path: Path, name: str) -> None:
     case, epsilon = READ[name], float(READ_ROWS[name][-1])
     layout = read_layout(case.folder(tmp_path / "model"))
@@ -80,7 +86,7 @@ def test_f16_is_within_the_stated_epsilon_of_the_export(tmp_path: Path, name: st
         assert best[-1] - best[-2] < 2 * epsilon, f"token {row}: another choice, and no tie"
 
 
-@pytest.mark.parametrize("name", READ)
+@pytest.mark.parametrize("name", RUN)
 def test_the_page_names_the_attention_of_the_graph(tmp_path: Path, name: str) -> None:
     layout = read_layout(READ[name].folder(tmp_path))
     form = layout.layers[0].form
@@ -88,7 +94,7 @@ def test_the_page_names_the_attention_of_the_graph(tmp_path: Path, name: str) ->
     assert ("in a branch" in READ_ROWS[name][1]) == bool(layout.use_cache_branch)
 
 
-@pytest.mark.parametrize("name", READ)
+@pytest.mark.parametrize("name", RUN)
 def test_a_rewritten_folder_computes_the_same(tmp_path: Path, name: str) -> None:
     source = READ[name].folder(tmp_path / "model")
     layouts = [read_layout(source), read_layout(rewrite(source, tmp_path / "rewritten").folder)]
