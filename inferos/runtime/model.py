@@ -316,6 +316,11 @@ class Model:
         return self.session.kv
 
     @property
+    def policy_word(self) -> str:
+        """The `--kv` word that the model was opened with: auto follows the policy's mode, every other one is fixed."""
+        return self._word
+
+    @property
     def context_length(self) -> int:
         """Tokens the model can hold."""
         return self.session.context_length
