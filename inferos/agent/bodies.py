@@ -11,14 +11,18 @@ from inferos.config import LoopsPolicy, TelemetryPolicy
 from inferos.config.section import Section
 
 __all__ = [
+    "BaselineBody",
     "Config",
     "ConfigChange",
     "HistoryAnswer",
+    "HistoryEntry",
     "InferenceContextBody",
     "InferenceStatsBody",
     "PolicyAnswer",
     "PolicyHistoryAnswer",
+    "PolicyHistoryEntry",
     "Refusal",
+    "RefusalDetails",
     "RollbackBody",
     "RunContextBody",
     "SuggestedPolicy",
