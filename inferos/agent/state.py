@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from inferos.kv.policy import PolicyStore
 from inferos.runtime.model import Model
@@ -25,12 +26,15 @@ class AgentState:
         What is served; None for an agent that only controls.
     ready : threading.Event
         Set after load and warm-up, and at once where nothing is to be loaded.
+    more_health : callable or None
+        What GET /health says besides, to who has the token.
     clock : seconds, monotonic
     """
 
     policies: PolicyStore
     model: Model | None = None
     ready: threading.Event = field(default_factory=threading.Event)
+    more_health: Callable[[], dict[str, Any]] | None = None
     clock: Callable[[], float] = time.monotonic
     started: float = 0.0
 
