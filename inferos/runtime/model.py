@@ -29,6 +29,7 @@ from inferos.runtime.effective import EffectivePolicy, describe_policy
 from inferos.runtime.failover import EngineState, RobustFallbackManager
 from inferos.runtime.failover.relief import ModelMemory
 from inferos.runtime.generate import Generation
+from inferos.runtime.prefixes import PrefixCaches, PrefixTokens
 from inferos.runtime.prompts import (
     DEFAULT_MAX_TOKENS,
     GenerateOptions,
@@ -551,15 +552,22 @@ class Model:
         max_tokens: int,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        prefixes: PrefixCaches | None = None,
         **options: Any,
     ) -> R:
-        """A run of its own cache, which its end frees."""
+        """A run of its own cache, which its end frees, or gives to `prefixes`."""
         prepared = self._prepare(are_messages(prompt), max_tokens, **options)
         ids = self.prompt_ids(prompt, tools=tools)
-        cached = self._cache()
+        if prefixes is None:
+            cached = self._cache()
+        else:
+            cached = PrefixTokens(self.session, self._prefill_chunk, prefixes)
 
-        def end(_run: Run, _error: BaseException | None) -> None:
-            cached.sequence.close()
+        def end(_run: Run, error: BaseException | None) -> None:
+            if isinstance(cached, PrefixTokens):
+                cached.end(error)
+            else:
+                cached.sequence.close()
 
         return self._run(kind, clock, cached, ids, prepared, end)
 
