@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from inferos.agent.settings import HistorySettings, LogLevel
 from inferos.config import LoopsPolicy, TelemetryPolicy
@@ -28,11 +28,18 @@ __all__ = [
     "SuggestedPolicy",
 ]
 
+
+def _whole(value: object) -> object:
+    """5.0 is an integer, says JSON Schema."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
 Milliseconds = Annotated[float, Field(gt=0, le=3_600_000)]
 Seconds = Annotated[float, Field(ge=0, le=1e10)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Tokens = Annotated[int, Field(ge=0, le=1 << 31)]
-Rows = Annotated[int, Field(ge=1, le=65536)]
+Tokens = Annotated[Whole, Field(ge=0, le=1 << 31)]
+Rows = Annotated[Whole, Field(ge=1, le=65536)]
 Name = Annotated[str, Field(min_length=1, max_length=500)]
 Priority = Literal["high", "medium", "low"]
 
@@ -73,7 +80,7 @@ class InferenceStatsBody(Section):
 class RollbackBody(Section):
     """A version to bring back."""
 
-    version: Annotated[int, Field(ge=1, le=1 << 53)]
+    version: Annotated[Whole, Field(ge=1, le=1 << 53)]
 
 
 class BaselineBody(Section):
