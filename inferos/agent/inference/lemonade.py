@@ -7,7 +7,7 @@ import platform
 from dataclasses import asdict
 from typing import Any
 
-import psutil
+import psutil  # type: ignore[import-untyped, unused-ignore]
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict
 
