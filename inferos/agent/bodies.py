@@ -165,11 +165,13 @@ class SuggestedPolicy(_Answer):
 
 
 class RefusalDetails(_Answer):
-    """What was wrong."""
+    """What was wrong; `type` and `param` are for OpenAI's clients, `param` is always null."""
 
     code: int
     message: str
     details: str | None
+    type: str
+    param: None
 
 
 class Refusal(_Answer):
