@@ -219,8 +219,10 @@ def _hidden(g: _Builder, scores: str, mask: str) -> str:
         end = g.dim("attention_mask", 1)
         at = np.arange(g.spec.context)
         table = (at[None, :] <= at[:, None]) & (at[None, :] > at[:, None] - g.spec.window)
-        rows = g.add("Slice", g.constant(table, np.bool_), start, end, g.constant([0]))
-        return g.add("Where", g.add("Slice", rows, g.constant([0]), end, g.constant([1])), scores, g.number(-1e4))
+        whole = g.constant(table[None, None], np.float32 if g.spec.variant == "float table" else np.bool_)
+        rows = g.add("Slice", whole, start, end, g.constant([2]))
+        seen = g.add("Cast", g.add("Slice", rows, g.constant([0]), end, g.constant([3])), to=TensorProto.BOOL)
+        return g.add("Where", seen, scores, g.number(-1e4))
     return g.add("Add", scores, mask)
 
 
@@ -324,7 +326,9 @@ def _gqa(g: _Builder, layer: int, q: str, k: str, v: str, mask: str) -> str:
         inputs += ["", "", *norms]
         attributes["qk_norm_epsilon"] = 1e-6
     if spec.mask == "window":
-        attributes |= {"local_window_size": spec.window, "sliding_window_cache": int(spec.variant == "sliding cache")}
+        attributes |= {"local_window_size": spec.window}
+    if spec.variant == "sliding cache":
+        attributes |= {"sliding_window_cache": 1}
     return _node(
         g,
         "GroupQueryAttention",

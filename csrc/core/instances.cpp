@@ -1,6 +1,7 @@
 #include "core/instances.hpp"
 
 #include <algorithm>
+#include <cstdint>
 #include <vector>
 
 #if defined(_WIN32)

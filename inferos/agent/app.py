@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 import inferos
 from inferos.agent.guard import Guard, Limits
 from inferos.agent.health import health_router
+from inferos.agent.history import StoreError
 from inferos.agent.problems import Problem, problem_body
 from inferos.agent.state import AgentState
 from inferos.errors import BudgetError, BusyError, ConfigError, ContextError, InferosError, QueueFullError, ShapeError
@@ -29,6 +30,7 @@ _CODES: tuple[tuple[type[InferosError], int, str], ...] = (
     (QueueFullError, 503, "Too many requests wait"),
     (BudgetError, 503, "The KV budget is used up"),
     (BusyError, 409, "Busy"),
+    (StoreError, 503, "Not kept"),
 )
 
 

@@ -6,8 +6,9 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from inferos.config import Policy, Thresholds
@@ -75,6 +76,7 @@ class PolicyStore:
         first = policy or Policy()
         self._apply = apply
         self._clock = clock
+        self._record: Callable[[PolicyVersion], None] | None = None
         self._lock = threading.Lock()
         self._versions = deque([PolicyVersion(1, "start", clock(), first)], maxlen=keep)
 
@@ -121,14 +123,55 @@ class PolicyStore:
                 raise ConfigError(f"version: {version!r} is not within {first}..{last}, the versions remembered")
             return self._add(found.policy, f"rollback to version {version}" if reason is None else reason)
 
+    def replace(self, policy: Policy, reason: str) -> int:
+        """Bring a whole policy into force; the new version's number.
+
+        Raises
+        ------
+        ConfigError
+            If the policy or the reason is refused.
+        """
+        with self._lock:
+            return self._add(policy, reason)
+
+    def restore(self, versions: Sequence[PolicyVersion]) -> None:
+        """Take the versions of an earlier run, oldest first, for those remembered here; the last comes into force.
+
+        Raises
+        ------
+        ConfigError
+            If there are none, their numbers do not ascend, or the last one is refused; nothing is changed.
+        """
+        numbers = [version.version for version in versions]
+        if not numbers or any(later <= earlier for earlier, later in pairwise(numbers)):
+            raise ConfigError(f"versions: {numbers!r:.60} are not ascending numbers of at least one version")
+        with self._lock:
+            if self._apply is not None:
+                self._apply(versions[-1].policy)
+            self._versions.clear()
+            self._versions.extend(versions)
+
+    def record_with(self, record: Callable[[PolicyVersion], None] | None) -> None:
+        """Give each new version to `record` before the change returns; what it raises refuses the change."""
+        with self._lock:
+            self._record = record
+
     def _add(self, policy: Policy, reason: str) -> int:
         if not isinstance(reason, str) or not 0 < len(reason.strip()) <= _LONGEST_REASON:
             raise ConfigError(f"reason: {reason!r:.60} is not a text of 1..{_LONGEST_REASON} characters")
         if self._apply is not None:
             self._apply(policy)
-        version = self._versions[-1].version + 1
-        self._versions.append(PolicyVersion(version, reason.strip(), self._clock(), policy))
-        return version
+        before = self._versions[-1]
+        added = PolicyVersion(before.version + 1, reason.strip(), self._clock(), policy)
+        if self._record is not None:
+            try:
+                self._record(added)
+            except BaseException:
+                if self._apply is not None:
+                    self._apply(before.policy)
+                raise
+        self._versions.append(added)
+        return added.version
 
 
 @dataclass(frozen=True, slots=True)

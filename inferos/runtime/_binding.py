@@ -17,9 +17,10 @@ from inferos.runtime.layout import ModelLayout
 
 __all__ = ["Bindings"]
 
-_MOST_TOKENS = 16  # a row; more are a prompt, whose arrays are not worth keeping
-_SHAPES = 8
-_READY = 3  # of one shape: in a loop one is being written while the one before is still looked at
+_MOST_TOKENS = 16  # of a row; more are a prompt, whose arrays are not worth keeping
+_MOST_LOGITS = 2 << 20  # of a run
+_SHAPES = 4
+_READY = 2  # of one shape: in a loop one is being written while the one before is still looked at
 _UNUSED = 2  # references to an output nobody else holds: its `_Bound`'s, and the argument of getrefcount
 
 Array = npt.NDArray[Any]
@@ -60,10 +61,12 @@ class Bindings:
     def run(self, feeds: Mapping[str, Array], run_options: Any) -> Array | None:
         """Logits (rows, tokens, vocab_size), or None where a run of this shape is not for bindings."""
         rows, tokens = feeds[self._layout.input_ids].shape
-        if tokens > _MOST_TOKENS or rows == 0:
-            return None
         key = (rows, tokens, self._shown(feeds, tokens))
-        bound = self._take(key) or self._bind(feeds, key)
+        bound = self._take(key)
+        if bound is None:
+            if tokens > _MOST_TOKENS or not 0 < rows * tokens * self._vocab <= _MOST_LOGITS:
+                return None
+            bound = self._bind(feeds, key)
         try:
             for name, array in bound.inputs:
                 array[...] = feeds[name]

@@ -194,10 +194,11 @@ class CompressedSession:
         role: Role = "decode" if keep_all or ids.shape[1] == 1 else "prefill"
         step = _Step(self.layout, turns, ids, keep_all)
         engines = self.routes.of(role)
+        preferred = engines[0]
         if len(engines) > 1:
             return self.failover.run(engines, step)
         try:
-            return engines[0].run(step.feeds(engines[0]))
+            return preferred.run(step.feeds(preferred))
         except ORT_ERRORS as error:
             raise _typed(turns, error) from error
 
@@ -318,22 +319,30 @@ class CompressedSequence:
         """Exclusive use, in a ``with`` block; one that fails rolls the open step back. BusyError on entering."""
         return Turn(self)
 
+    # Every step takes the guard three times, by hand: a `with` block makes two objects each time.
+
     def take(self, turn: Turn) -> None:
         """Begin a turn."""
-        with self._guard:
+        self._guard.acquire()
+        try:
             if self._turn is not None:
                 raise BusyError("the sequence is in use by another call")
             turn.handle, turn.past = self.cache.handle, self.cache.length  # ClosedError: no turn has begun
             self._turn = turn
+        finally:
+            self._guard.release()
 
     def give_back(self, turn: Turn, *, failed: bool) -> None:
         """End a turn, if it still is one."""
-        with self._guard:
+        self._guard.acquire()
+        try:
             if self._turn is not turn:
                 return
             self._turn = None
             if failed:
                 self.cache.rollback()
+        finally:
+            self._guard.release()
 
     def one_token(self) -> OneToken:
         """The arrays that feed a step of one token."""
@@ -355,11 +364,14 @@ class CompressedSequence:
 
     def commit(self, turn: Turn) -> None:
         """Make the step of a run that succeeded part of the sequence."""
-        with self._guard:
+        self._guard.acquire()
+        try:
             if self._turn is not turn:
                 raise ClosedError("the sequence was closed or abandoned while the model ran")
             self.cache.commit()
             turn.past = self.cache.length
+        finally:
+            self._guard.release()
 
     def _feed_one(self, ids: Ids) -> Float32:
         session = self.session

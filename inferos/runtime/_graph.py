@@ -5,6 +5,7 @@ Nothing here loads weights: a model with gigabytes of them is a few megabytes of
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -13,13 +14,14 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import TensorProto, helper
 
-from inferos.errors import ModelError
+from inferos.errors import InferosError, ModelError
 from inferos.runtime.forms import (
     DTYPE_KEY,
     OUR_DOMAIN,
     OUR_OP,
     AttentionNode,
     attention_nodes,
+    is_table,
     subgraphs,
     tensor_shape,
     uses,
@@ -31,6 +33,7 @@ __all__ = [
     "OUR_OP",
     "AttentionNode",
     "attention_nodes",
+    "damage_named",
     "data_folder",
     "external_files",
     "load_graph",
@@ -68,10 +71,26 @@ def load_graph(path: Path) -> onnx.ModelProto:
     return model
 
 
+@contextlib.contextmanager
+def damage_named(path: Path) -> Iterator[None]:
+    """Make a ModelError of whatever a graph does to those who look into it.
+
+    A graph may lack or contradict anything, and what reads it (onnx, numpy, ONNX Runtime) has no common error.
+    """
+    try:
+        yield
+    except (InferosError, MemoryError):
+        raise
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ModelError(f"{path.name}: its graph is damaged or not understood ({what})") from error
+
+
 def _tells_a_mask(tensor: TensorProto) -> bool:
     """Whether a constant may be a mask, an index or a shape: what decides the meaning of attention is read."""
     size = math.prod(tensor.dims)
-    table = len(tensor.dims) >= 2 and tensor.dims[-1] == tensor.dims[-2] and tensor.data_type in (*_WHOLE, *_BYTES)
+    square = len(tensor.dims) >= 2 and tensor.dims[-1] == tensor.dims[-2]
+    table = is_table(tensor.dims) or (square and tensor.data_type in (*_WHOLE, *_BYTES))
     return bool(size <= (_LARGEST_TABLE if table else _LARGEST_VECTOR if tensor.data_type in _WHOLE else 0))
 
 

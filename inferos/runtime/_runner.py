@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from inferos.devices.probe import CPU, Device
 from inferos.runtime._binding import Bindings
-from inferos.runtime._graph import data_folder, load_graph
+from inferos.runtime._graph import damage_named, data_folder, load_graph
 from inferos.runtime._ort import input_types, open_ort, session_options
 from inferos.runtime._trim import trim_logits
 from inferos.runtime.layout import ModelLayout
@@ -105,7 +105,8 @@ def _decoder_graph(layout: ModelLayout) -> tuple[bytes, Path, bool]:
     Nothing of the export outlives this call.
     """
     model = load_graph(layout.model_path)
-    rewrite_in_place(model, head_dim=layout.layers[0].head_dim)
-    trims = trim_logits(model, layout.logits)
+    with damage_named(layout.model_path):
+        rewrite_in_place(model, head_dim=layout.layers[0].head_dim)
+        trims = trim_logits(model, layout.logits)
     folder = data_folder(model, layout.model_path)
     return model.SerializeToString(), folder, trims

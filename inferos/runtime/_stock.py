@@ -34,9 +34,10 @@ class StockSession:
         self.ort = open_ort(layout.model_path, session_options(threads), layout.model_path.parent)
         self.types = input_types(self.ort)
         self.pasts = past_tensors(self.ort, layout)
-        self._branch_shape: list[int] = next(
+        stated: list[int | str | None] = next(
             (v.shape for v in self.ort.get_inputs() if v.name == layout.use_cache_branch), []
         )
+        self._branch_shape = [extent if isinstance(extent, int) else 1 for extent in stated]
 
     def cache(self) -> StockCache:
         """Tensors of a sequence without tokens."""
@@ -52,6 +53,8 @@ class StockSession:
             layout.attention_mask: np.ones((1, total), np.int64),
             layout.position_ids: np.arange(past, total)[None, :],
             layout.logits_to_keep: 0 if keep_all else 1,
+            layout.tokens_held: [total],
+            layout.write_indices: [past],
             layout.use_cache_branch: np.full(self._branch_shape, past > 0),
         }
         return {name: np.array(value, self.types[name]) for name, value in values.items() if name}

@@ -14,6 +14,7 @@ from inferos.runtime.layout import ModelLayout
 
 __all__ = ["GrowingPasts", "PastTensor", "SharedBuffers", "StockCache", "past_tensors"]
 
+_TOKENS = 2  # their axis
 _GROWTH = 256  # tokens a buffer grows by: at most this many are allocated and unused
 _TYPES: dict[str, type[np.generic]] = {
     "tensor(float)": np.float32,
@@ -32,16 +33,13 @@ class PastTensor:
     past, present : str
         Names in the graph.
     shape : tuple of int
-        (1, kv_heads, 0, head_dim) of one row without tokens, in the order of the graph.
-    axis : int
-        Of the tokens.
+        (1, kv_heads, 0, head_dim), of one row without tokens.
     dtype : numpy type
     """
 
     past: str
     present: str
     shape: tuple[int, ...]
-    axis: int
     dtype: type[np.generic]
 
 
@@ -58,18 +56,14 @@ def past_tensors(session: Any, layout: ModelLayout) -> tuple[PastTensor, ...]:
     for layer in layout.layers:
         for past, present in ((layer.past_key, layer.present_key), (layer.past_value, layer.present_value)):
             declared = inputs[past]
-            dims = list(declared.shape)
-            free = [axis for axis, extent in enumerate(dims) if axis and not isinstance(extent, int)]
-            axis = free[0] if len(free) == 1 else 2
-            if len(dims) != 4 or axis not in free or declared.type not in _TYPES:
-                raise UnsupportedError(
-                    f"the past {past!r} is {declared.type} {dims}; (batch, heads, tokens, dim) wanted"
-                )
-            known = {0: 1, axis: 0, 1: layer.kv_heads, 3: layer.head_dim}
-            shape = tuple(
-                extent if isinstance(extent, int) and at else known.get(at, 0) for at, extent in enumerate(dims)
-            )
-            found.append(PastTensor(past, present, shape, axis, _TYPES[declared.type]))
+            shape = list(declared.shape)
+            for axis, extent in {0: 1, 1: layer.kv_heads, _TOKENS: 0, 3: layer.head_dim}.items():
+                if axis < len(shape) and (axis == 0 or not isinstance(shape[axis], int)):
+                    shape[axis] = extent
+            if len(shape) != 4 or shape[1] != layer.kv_heads or shape[_TOKENS] or declared.type not in _TYPES:
+                stated = f"{declared.type} {declared.shape}"
+                raise UnsupportedError(f"the past {past!r} is {stated}; wanted (batch, {layer.kv_heads}, tokens, dim)")
+            found.append(PastTensor(past, present, tuple(shape), _TYPES[declared.type]))
     return tuple(found)
 
 
@@ -127,7 +121,7 @@ class SharedBuffers:
     def reserve(self, total: int) -> None:
         """See `StockCache.reserve`."""
         capacity = min(-(-total // _GROWTH) * _GROWTH, max(total, self._most))
-        if self.buffers[0].shape[self._tensors[0].axis] < capacity:
+        if self.buffers[0].shape[_TOKENS] < capacity:
             pairs = zip(self.buffers, self._tensors, strict=True)
             self.buffers = [_resized(buffer, tensor, self._held, capacity) for buffer, tensor in pairs]
         self._held = total
@@ -181,7 +175,7 @@ class GrowingPasts:
 
     def rewind(self, length: int) -> None:
         """Cut the tensors; a fork keeps its own."""
-        if self._values[0].shape()[self._tensors[0].axis] > length:
+        if self._values[0].shape()[_TOKENS] > length:
             self._values = [
                 _ort_value(_resized(value.numpy(), tensor, length, length))
                 for value, tensor in zip(self._values, self._tensors, strict=True)
@@ -197,9 +191,9 @@ class GrowingPasts:
 def _resized(values: npt.NDArray[Any], tensor: PastTensor, used: int, capacity: int) -> npt.NDArray[Any]:
     """An array for `capacity` tokens with the first `used` ones of `values`."""
     shape = list(tensor.shape)
-    shape[tensor.axis] = capacity
+    shape[_TOKENS] = capacity
     result = np.zeros(shape, tensor.dtype)
-    first = (slice(None),) * tensor.axis + (slice(used),)
+    first = (slice(None), slice(None), slice(used))
     result[first] = values[first]
     return result
 

@@ -29,6 +29,7 @@ from inferos.runtime.effective import EffectivePolicy, describe_policy
 from inferos.runtime.failover import EngineState, RobustFallbackManager
 from inferos.runtime.failover.relief import ModelMemory
 from inferos.runtime.generate import Generation
+from inferos.runtime.model_path import resolve_model
 from inferos.runtime.prefixes import PrefixCaches, PrefixTokens
 from inferos.runtime.prompts import (
     DEFAULT_MAX_TOKENS,
@@ -52,30 +53,6 @@ R = TypeVar("R", bound=Run)
 Prepared = tuple[Sampler, Limits, SpeculationGate | None]  # the options of a generation, checked
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-
-
-def resolve_model(model: str | Path) -> Path:
-    """The folder or the ONNX file a MODEL argument stands for.
-
-    Parameters
-    ----------
-    model : str or Path
-        "reference" is the embedded model, built on first use; anything else is the path of a folder or an ONNX file.
-
-    Raises
-    ------
-    ModelError
-        If it is neither.
-    """
-    if model == "reference":
-        from inferos.runtime.reference import reference_folder
-
-        return reference_folder()
-    path = Path(model).expanduser()
-    if not path.is_dir() and not (path.is_file() and path.suffix == ".onnx"):
-        what = "a file" if path.exists() else "not there"
-        raise ModelError(f"model: {str(model)!r} is {what}; wanted a model's folder, an ONNX file, or reference")
-    return path
 
 
 def load(
@@ -315,6 +292,11 @@ class Model:
     def kv(self) -> str:
         """What older tokens are kept in: off, f16, int8, k8v4, int4 or auto."""
         return self.session.kv
+
+    @property
+    def policy_word(self) -> str:
+        """The `--kv` word that the model was opened with: auto follows the policy's mode, every other one is fixed."""
+        return self._word
 
     @property
     def context_length(self) -> int:

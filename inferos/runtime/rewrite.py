@@ -2,11 +2,12 @@
 
 Of a decoder that chooses between a branch without and one with past, the branch with past is all that is left.
 
-Every GroupQueryAttention node becomes ``inferos::CompressedAttention`` with its own ``layer``. The cache's inputs and
-outputs go; ``inferos_handle`` (int64, one per row) names each row's cache. A folder keeps attention_mask, so that any
-host that runs the export runs the rewritten model with one more input. In our own sessions two small inputs take the
-place of the mask, whose length would grow with the context: ``inferos_seqlens_k`` (int32, per row: total tokens minus
-1) and ``inferos_total_length`` (int32 scalar: the longest row).
+Every attention, in whatever form (`inferos.runtime.forms`), becomes ``inferos::CompressedAttention`` with its own
+``layer``. The cache's inputs and outputs go; ``inferos_handle`` (int64, one per row) names each row's cache. A folder
+keeps attention_mask, so that any host that runs the export runs the rewritten model with one more input. In our own
+sessions two small inputs take the place of the mask, whose length would grow with the context: ``inferos_seqlens_k``
+(int32, per row: total tokens minus 1) and ``inferos_total_length`` (int32 scalar: the longest row). Rows of a first
+prompt that are shorter than others are padded behind, as GroupQueryAttention wants them, whatever the export took.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def rewrite_model(
     Parameters
     ----------
     model : onnx.ModelProto
-        A decoder with GroupQueryAttention, or a rewritten one. Not changed.
+        A decoder whose attention has one of the known forms, or a rewritten one. Not changed.
     head_dim : int, optional
         Values per head, used where the graph does not say.
     scalar_lengths : bool, default True

@@ -21,7 +21,10 @@ LEVELS = [0.0, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0]
 
 
 def run(seed: int, thresholds: tuple[float, float, float], l2_format: str) -> tuple[list[int], float, np.ndarray]:
-    """Bytes after each decoded token, the error of attention at the end, and what the blocks were worth."""
+    """Bytes after each decoded token, the error of attention at the end, and what the blocks that may still fall were worth.
+
+    A block at L2 falls no further and orders nothing; its score is one for all its tokens, which goes a way of its own. NaN there.
+    """
     random = np.random.default_rng(seed)
     shape = (64 * 12, SPEC.kv_heads, SPEC.head_dim)
     key_rows = np.where(random.random(shape) < random.random(shape[:1])[:, None, None], np.float32(STEP), np.float32(0))
@@ -45,7 +48,10 @@ def run(seed: int, thresholds: tuple[float, float, float], l2_format: str) -> tu
             weights = np.exp(q[:, head].astype(np.float64) @ k[:, head // 2].T / np.sqrt(SPEC.head_dim))
             wanted[:, head] = weights @ v[:, head // 2] / weights.sum(1, keepdims=True)
         scores = np.stack([cache.scores(0, head) for head in range(2)])
-        assert cache.formats(0, 0).max() <= FORMATS[l2_format]
+        starts, _ = cache.block_spans(0)
+        held = np.stack([cache.formats(0, head)[starts] for head in range(2)])
+        assert held.max() <= FORMATS[l2_format]
+        scores[held == FORMATS[l2_format]] = np.nan
     return sizes, float(np.sqrt(((out - wanted) ** 2).mean())), scores
 
 
@@ -64,6 +70,7 @@ def test_raising_a_threshold_saves_bytes_and_lowering_one_saves_accuracy(seed, g
     high[0] = max(high[0], high[1])
     low_sizes, low_error, low_scores = run(seed, (low[0], low[1], low[2]), l2_format)
     high_sizes, high_error, high_scores = run(seed, (high[0], high[1], high[2]), l2_format)
-    np.testing.assert_allclose(low_scores, high_scores, rtol=5e-3)
+    compared = ~(np.isnan(low_scores) | np.isnan(high_scores))
+    np.testing.assert_allclose(low_scores[compared], high_scores[compared], rtol=5e-3)
     assert all(more >= less for more, less in zip(low_sizes, high_sizes, strict=True))
     assert low_error <= high_error * (1 + NOISE)

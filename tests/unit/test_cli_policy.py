@@ -36,7 +36,7 @@ def test_limit_and_threshold_are_the_policys_and_a_report_says_what_is_in_force(
     arguments = ["--kv", "auto", "--memory-limit", "64MiB", "--quality-threshold", "0.1", "--max-tokens", "2"]
     policy = written(call("run", "reference", "x", *arguments, "--json", "-"))["policy"]
     assert policy["requested"] == {"io": {"host_pool_bytes": LIMIT}, "quality": {"max_delta_ppl": 0.1}}
-    assert policy["effective"]["io"] == {"host_pool_bytes": LIMIT}
+    assert policy["effective"]["io"] == {"host_pool_bytes": LIMIT, "enable_iobinding": True}
     assert policy["effective"]["quality"] == {"max_delta_ppl": 0.1}
     assert policy["effective"]["kv"]["format"] == "auto"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -445,6 +446,25 @@ def test_an_engine_waits_while_its_device_is_not_there_and_five_minutes_more() -
     for clock.now in (1001.0, 1299.0, 1300.0):
         first.append(health.order([dml, cpu])[0])
     assert first == [cpu] * 5 + [dml]
+
+
+def test_a_step_can_fail_over_while_another_thread_changes_the_policy() -> None:
+    """A policy that places devices measures them, with steps that may fail over: whoever sets one holds its store."""
+    one, two = (SimpleNamespace(name=name, device="cpu") for name in "ab")
+    done = threading.Event()
+
+    def step() -> None:
+        setting.manager.failed_over(one, two, DEVICE)
+        done.set()
+
+    def apply(_policy: Policy) -> None:
+        thread = threading.Thread(target=step, daemon=True)
+        thread.start()
+        assert done.wait(60)
+
+    setting = Setting(policy=PolicyStore(Policy(), apply=apply))
+    setting.at(0, tps_share=0.1)
+    assert setting.manager.failover_count == 1
 
 
 def test_engines_back_off_each_on_its_own() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from form_models import Exported, exported_model
 from form_runs import Ours, Stock, teacher_forced
@@ -40,6 +41,7 @@ SAME: dict[str, Exported] = {
     "decomposed, one kv head": Exported(kv_heads=(1, 1)),
     "decomposed, sliding window": Exported(mask="window"),
     "decomposed, sliding window in a table": Exported(mask="table"),
+    "decomposed, sliding window in a table of floats": Exported(mask="table", variant="float table"),
     "decomposed, softcap": Exported(softcap=5.0),
     "decomposed, layers of different shapes": Exported(kv_heads=(1, 4), head_dim=(64, 16)),
     "decomposed, layer ids with gaps": Exported(ids=(3, 7), names="past_{}_{}"),
@@ -62,6 +64,11 @@ SAME: dict[str, Exported] = {
     "Attention behind a Concat": Exported("joined", variant="bool"),
     "Attention over buffers of a fixed size": Exported("buffers", mask="flag"),
 }
+
+# ONNX Runtime 1.24 has no TensorScatter and applies the softcap of Attention behind the mask: there is nothing to compare
+# with, and the models are refused there.
+if tuple(map(int, onnxruntime.__version__.split(".")[:2])) < (1, 31):
+    del SAME["Attention over buffers of a fixed size"], SAME["Attention, 4-D, softcap"]
 
 
 def assert_same_but_for_ties(stock: np.ndarray, ours: np.ndarray, epsilon: float) -> None:
@@ -90,7 +97,7 @@ def test_logits_and_choices_are_those_of_the_export(form: str) -> None:
         "MultiHeadAttention",
         "Attention, 3-D",
         "decomposed, positions from the past",
-        "Attention over buffers of a fixed size",
+        *(form for form in SAME if SAME[form].form == "buffers"),
     ],
 )
 def test_a_host_with_attention_mask_gets_the_same(form: str) -> None:
@@ -135,10 +142,11 @@ def test_a_graph_whose_nodes_are_out_of_order_is_read() -> None:
     assert_same_but_for_ties(stock, ours, epsilon_of(spec))
 
 
-def test_a_mask_in_a_file_beside_the_model_is_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("variant", ["", "float table"])
+def test_a_mask_in_a_file_beside_the_model_is_read(tmp_path: Path, variant: str) -> None:
     path = tmp_path / "model.onnx"
     onnx.save(
-        exported_model(Exported(mask="table")),
+        exported_model(Exported(mask="table", variant=variant)),
         str(path),
         save_as_external_data=True,
         location="data",
@@ -284,6 +292,14 @@ def test_rows_of_different_lengths_get_what_they_get_alone(tmp_path: Path, posit
     together = session.step(rows, np.array([5, 6]))
     apart = [other.feed(np.array([token])) for other, token in zip(alone, (5, 6), strict=True)]
     assert np.allclose(together, np.stack(apart), atol=1e-5)
+
+
+def test_a_graph_that_cannot_be_computed_is_refused_with_the_reason() -> None:
+    model = exported_model(Exported())
+    node = next(node for node in model.graph.node if node.op_type == "LessOrEqual")
+    node.op_type = "NoSuchOperator"
+    with pytest.raises(UnsupportedError, match=r"node '/MatMul.*cannot be computed.*NoSuchOperator"):
+        attention_nodes(model)
 
 
 def test_states_of_other_layers_stay() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
+from models import Tiny, tiny_model, write_folder
 
 import inferos
 from inferos.errors import ConfigError, ModelError
@@ -270,3 +271,34 @@ def test_the_benchmark_compares_bytes_and_tokens(tmp_path: Path) -> None:
     assert rows["int4"]["of_plain"] < rows["int8"]["of_plain"] < rows["f16"]["of_plain"] < 0.7
     assert rows["f16"]["equal_tokens"] == 4
     assert all(row["equal"] == [4] * 8 for row in record["reference"] if row["choice"] == "greedy")
+
+
+@pytest.mark.parametrize(
+    "form",
+    [Tiny(packed=True), Tiny(dtype="float16", position_ids=True), Tiny(window=20, interleaved=True)],
+    ids=["packed", "float16 with position_ids", "sliding window"],
+)
+def test_other_exports_decode_as_in_plain_genai(place: Path, form: Tiny) -> None:
+    decoder = {
+        "filename": "model.onnx", "head_size": form.head_dim, "hidden_size": form.width, "num_attention_heads": form.heads,
+        "num_hidden_layers": form.layers, "num_key_value_heads": form.kv_heads, "session_options": {"provider_options": []},
+        "inputs": {"input_ids": "input_ids", "attention_mask": "attention_mask", "position_ids": "position_ids",
+                   "past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value"},
+        "outputs": {"logits": "logits", "present_key_names": "present.%d.key", "present_value_names": "present.%d.value"},
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory(dir=place) as scratch:
+        source = write_folder(Path(scratch) / "model", tiny_model(form), decoder=decoder, eos_token_id=63)
+        folder = inferos.rewrite(source, host="genai").folder
+        drawn = []
+        for path, caches in ((source, ()), (folder, (inferos.new_cache(folder, kv="f16"),))):
+            params = og.GeneratorParams(model := og.Model(str(path)))
+            params.set_search_options(max_length=300, min_length=300, do_sample=False)
+            generator = og.Generator(model, params)
+            for cache in caches:
+                generator.set_model_input("inferos_handle", cache.handle_input)
+            generator.append_tokens(np.arange(1, 40, dtype=np.int32))
+            for _ in range(60):
+                generator.generate_next_token()
+            drawn.append(generator.get_sequence(0).tolist())
+            del generator, params, model
+    assert drawn[0] == drawn[1]

@@ -122,6 +122,21 @@ def test_a_truncated_onnx_file_is_refused(tmp_path: Path, part: float) -> None:
         read_layout(tmp_path)
 
 
+@pytest.mark.parametrize("change", range(3))
+def test_a_graph_that_contradicts_itself_is_a_model_error(tmp_path: Path, change: int) -> None:
+    model = tiny_model(Tiny())
+    if change == 0:
+        del attention_of(model).input[5:]
+    elif change == 1:
+        next(value for value in model.graph.input if "past" in value.name).type.tensor_type.elem_type = 99
+    else:
+        flag = helper.make_tensor_value_info("flag", TensorProto.BOOL, [1])
+        model.graph.input.append(flag)
+        model.graph.node.append(helper.make_node("If", [], ["branch"]))
+    with pytest.raises(ModelError):
+        read_layout(write_folder(tmp_path, model))
+
+
 def test_missing_external_data_is_refused(tmp_path: Path) -> None:
     (tiny_folder(tmp_path, Tiny(), external=True) / "model.onnx.data").unlink()
     with pytest.raises(ModelError, match=r"model\.onnx\.data' is missing"):
@@ -227,6 +242,7 @@ REFUSED = {
     "causal": _attribute("causal", 0),
     "unknown attribute": _attribute("alibi", 1),
     "local_window_size": _attribute("local_window_size", 0),
+    "local_window_size 1099511627776": _attribute("local_window_size", 1 << 40),
     "output_qk": _output_qk,
     "UINT8": _past_type(TensorProto.UINT8),
     "BFLOAT16": _past_type(TensorProto.BFLOAT16),

@@ -60,7 +60,7 @@ class Counting(PassingEngine):
 
 def stand_in(layout: ModelLayout, device: Device) -> Runner:
     """The processor with other threads, no graph optimisation and no arena of ONNX Runtime's."""
-    graph, trims = _decoder_graph(layout)
+    graph, _, trims = _decoder_graph(layout)
     options = session_options(2)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.enable_cpu_mem_arena = False

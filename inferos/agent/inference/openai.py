@@ -18,7 +18,7 @@ from inferos.errors import BudgetError, InferosError
 from inferos.runtime.generate import Generation
 from inferos.runtime.stop_texts import Token
 
-__all__ = ["openai_router", "timings", "usage"]
+__all__ = ["describe", "openai_router", "timings", "usage"]
 
 _REASONS = {"eos": "stop", "stop": "stop", "cancelled": "stop", "length": "length", "context": "length"}
 

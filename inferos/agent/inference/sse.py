@@ -9,7 +9,7 @@ from typing import Any
 
 from starlette.responses import Response
 
-__all__ = ["PING", "PING_SECONDS", "EventStream", "watched"]
+__all__ = ["EventStream", "PING", "PING_SECONDS", "watched"]
 
 PING = b": ping\n\n"
 PING_SECONDS = 10.0

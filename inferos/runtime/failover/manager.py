@@ -148,7 +148,7 @@ class RobustFallbackManager:
 
     Notes
     -----
-    Thread-safe. Targets are called one at a time, under the manager's lock.
+    Thread-safe. Targets are called one at a time; one that runs a step of the model may fail over itself.
     """
 
     def __init__(
@@ -177,7 +177,8 @@ class RobustFallbackManager:
         self._changing: set[str] = set()  # events whose policy changes are in force
         self._failovers: deque[Failover] = deque(maxlen=_KEPT)
         self._count = 0
-        self._lock = threading.RLock()
+        self._acting = threading.RLock()  # while targets are called
+        self._lock = threading.Lock()  # over what was counted; never held while anything else is called
 
     def attach(
         self,
@@ -188,7 +189,7 @@ class RobustFallbackManager:
         switch_device: Callable[[str], None] | None = None,
     ) -> None:
         """Targets that are known later than the manager; one that it has already stays."""
-        with self._lock:
+        with self._acting:
             if policy is not None and self._overlays is None:
                 self._overlays = Overlays(policy)
             self._quality = self._quality or quality
@@ -209,14 +210,15 @@ class RobustFallbackManager:
     @property
     def active(self) -> tuple[str, ...]:
         """Events of the table's rows in force, in the table's order."""
-        with self._lock:
+        with self._acting:
             return tuple(rule.event for rule in TABLE if rule.event in self._active)
 
     @property
     def critical(self) -> bool:
         """Whether there were more than `MAX_FALLBACKS` within `WINDOW_SECONDS`."""
+        now = self._clock()
         with self._lock:
-            self._prune(self._clock())
+            self._prune(now)
             return len(self._recent) > MAX_FALLBACKS
 
     def handle_fallback(self, reason: FallbackReason, context: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -236,7 +238,7 @@ class RobustFallbackManager:
             `next_retry`, in seconds of the clock: when what was left may be tried again; `result`, with its own
             `status`: switched, applied, effective, ... or no_target.
         """
-        with self._lock:
+        with self._acting:
             if not self._record(reason):
                 delay, result, status = WINDOW_SECONDS, {"status": "not_executed"}, "critical"
             else:
@@ -252,7 +254,7 @@ class RobustFallbackManager:
 
     def succeeded(self, reason: FallbackReason) -> None:
         """What had failed for a reason works again: its backoff begins anew, and memory steps are taken back."""
-        with self._lock:
+        with self._acting:
             self._backoffs[reason].reset()
             if reason is FallbackReason.MEMORY_PRESSURE and _MEMORY.event not in self._active:
                 self._take_back(_MEMORY)
@@ -271,13 +273,14 @@ class RobustFallbackManager:
         returned : callable, optional
             For a run that hangs: whether it has come back.
         """
+        # Without the lock under which targets are called: one of them may be running a step itself.
+        at_least = 0.0 if self._record(reason) else WINDOW_SECONDS
+        delay = self.health.left(left, reason, at_least=at_least, returned=returned)
+        failover = Failover(self._clock(), reason, left.name, taken.name, delay)
         with self._lock:
-            at_least = 0.0 if self._record(reason) else WINDOW_SECONDS
-            delay = self.health.left(left, reason, at_least=at_least, returned=returned)
-            failover = Failover(self._clock(), reason, left.name, taken.name, delay)
             self._failovers.append(failover)
             self._count += 1
-            return failover
+        return failover
 
     def observe(self, signals: Signals) -> tuple[str, ...]:
         """Follow the table: begin rows, call their follow-ups, end them. Call it every few seconds.
@@ -287,7 +290,7 @@ class RobustFallbackManager:
         tuple of str
             What changed: "began: EVENT", "ended: EVENT" and "quality: STEP".
         """
-        with self._lock:
+        with self._acting:
             told: list[str] = []
             for rule in TABLE:
                 if rule.action == "quality ladder":
@@ -355,11 +358,12 @@ class RobustFallbackManager:
     def _record(self, reason: FallbackReason) -> bool:
         """Count it and tell; whether it may be carried out."""
         now = self._clock()
-        self._recent.append((now, reason))
-        self._prune(now)
-        count = sum(each is reason for _, each in self._recent)
-        if len(self._recent) > MAX_FALLBACKS:
-            self._tell(now, "critical", reason, len(self._recent), "fallbacks")
+        with self._lock:
+            self._recent.append((now, reason))
+            self._prune(now)
+            total, count = len(self._recent), sum(each is reason for _, each in self._recent)
+        if total > MAX_FALLBACKS:
+            self._tell(now, "critical", reason, total, "fallbacks")
             return False
         if count >= REASONS[reason].notify_at:
             self._tell(now, "warning", reason, count, f"fallbacks for {reason.value}")

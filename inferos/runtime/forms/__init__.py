@@ -2,6 +2,7 @@
 
 from inferos.runtime.forms.base import DTYPES, OUR_DOMAIN, OUR_OP, AttentionNode, Call, Form
 from inferos.runtime.forms.compressed import DTYPE_KEY, SHARED_POSITIONS_KEY
+from inferos.runtime.forms.evaluate import is_table
 from inferos.runtime.forms.graph import GraphIndex, in_order, node_name, subgraphs, tensor_shape, uses
 from inferos.runtime.forms.registry import FORMS, attention_nodes
 
@@ -18,6 +19,7 @@ __all__ = [
     "SHARED_POSITIONS_KEY",
     "attention_nodes",
     "in_order",
+    "is_table",
     "node_name",
     "subgraphs",
     "tensor_shape",

@@ -134,8 +134,10 @@ def check_heads(name: str, heads: int, kv_heads: int, head_dim: int, window: int
         raise UnsupportedError(f"node {name!r}: {heads} heads are no multiple of {kv_heads} kv heads")
     if head_dim % 16 or not 16 <= head_dim <= 256:
         raise UnsupportedError(f"node {name!r}: head_dim {head_dim} is not a multiple of 16 within 16..256")
-    if window == 0 or window < -1:
-        raise UnsupportedError(f"node {name!r}: local_window_size {window} sees no token; wanted -1 or at least 1")
+    if window == 0 or not -1 <= window < 2**31:
+        raise UnsupportedError(
+            f"node {name!r}: local_window_size {window} is not a number of tokens; wanted -1 or at least 1"
+        )
 
 
 def graph_cache(index: GraphIndex, name: str, pasts: tuple[str, str], presents: tuple[str, str]) -> int:

@@ -161,14 +161,15 @@ def _product_before(
 
 
 def _product_behind(index: GraphIndex, softmax: onnx.NodeProto) -> onnx.NodeProto | None:
-    left = [softmax.output[0]]
+    left, seen = [softmax.output[0]], set()
     while left:
         name = left.pop(0)
         for at in index.readers.get(name, []):
             node: onnx.NodeProto = index.nodes[at]
             if node.op_type in _PRODUCTS and node.input[0] == name:
                 return node
-            if node.op_type in _SHARES:
+            if node.op_type in _SHARES and node.output[0] not in seen:
+                seen.add(node.output[0])
                 left.append(node.output[0])
     return None
 

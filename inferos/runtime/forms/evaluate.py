@@ -8,7 +8,7 @@ values run in ONNX Runtime, one by one.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -21,11 +21,12 @@ from onnx import TensorProto, helper, numpy_helper, shape_inference
 from inferos.errors import UnsupportedError
 from inferos.runtime.forms.graph import GraphIndex, attributes
 
-__all__ = ["Array", "Case", "UnevaluatedError", "Unknown", "Value"]
+__all__ = ["Array", "Case", "UnevaluatedError", "Unknown", "Value", "is_table"]
 
 Array = npt.NDArray[Any]
 
 _LARGE_FLOATS = 512  # a float constant of more values is a weight: its shape is all that is read
+_LARGE_TABLE = 1 << 24
 _LARGEST = 1 << 27  # values of one tensor; what would have more is not evaluated
 _IR_VERSION = 9
 
@@ -52,7 +53,7 @@ Value = Array | Unknown
 
 
 class UnevaluatedError(UnsupportedError):
-    """A tensor would be too large to look at."""
+    """A tensor would be too large to look at, or ONNX Runtime does not compute it."""
 
 
 @lru_cache(maxsize=1024)
@@ -114,7 +115,13 @@ class Case:
             if not here and all(name in self._known for name in node.output if name):
                 continue
             values = [self._look(name, local) if name else None for name in node.input]
-            results = self._node(at, node, values)
+            try:
+                results = self._node(at, node, values)
+            except UnsupportedError:
+                raise
+            except Exception as error:  # ONNX Runtime's have no common base
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                raise UnevaluatedError(f"{node.output[0]!r} cannot be computed ({reason})") from error
             (local if here else self._known).update(zip(node.output, results, strict=False))
         return self._look(target, local)
 
@@ -194,9 +201,16 @@ class Case:
 
 def _constant(tensor: TensorProto) -> Value:
     floats = tensor.data_type not in (TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL)
-    if tensor.data_location == TensorProto.EXTERNAL or (floats and math.prod(tensor.dims) > _LARGE_FLOATS):
+    size = math.prod(tensor.dims)
+    weight = floats and size > _LARGE_FLOATS and not (is_table(tensor.dims) and size <= _LARGE_TABLE)
+    if tensor.data_location == TensorProto.EXTERNAL or weight:
         return Unknown(tensor.data_type, tuple(tensor.dims))
     return numpy_helper.to_array(tensor)
+
+
+def is_table(extents: Sequence[int]) -> bool:
+    """Whether a constant has the shape of a mask of every position against every other, [1, 1, n, n], and no weight's."""
+    return len(extents) >= 3 and extents[-1] == extents[-2]
 
 
 def _check_size(node: onnx.NodeProto, values: list[Array | None]) -> None:

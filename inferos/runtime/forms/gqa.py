@@ -149,7 +149,7 @@ def _read(index: GraphIndex, node: onnx.NodeProto, name: str, head_dim: int | No
     query, key, value, past_key, past_value, lengths, total, cosine, sine, positions, *_ = names
     if bool(key) != bool(value) or not lengths or not total:
         raise UnsupportedError(f"node {name!r}: key and value, seqlens_k and total_sequence_length go together")
-    rotary = bool(values.get("do_rotary", 0))
+    rotary = values.get("do_rotary", 0) == 1
     if rotary and not (cosine and sine):
         raise UnsupportedError(f"node {name!r}: do_rotary without cos_cache and sin_cache")
     presents = [*node.output[1:3], "", ""][:2]
@@ -164,7 +164,7 @@ def _read(index: GraphIndex, node: onnx.NodeProto, name: str, head_dim: int | No
     dtype = DTYPES[kind if kind in DTYPES else _beside(index, name, names)]
     call = Call(
         query, key, value, node.output[0], False, float(values.get("scale", 0.0)), float(values.get("softcap", 0.0)),
-        cosine, sine, positions, bool(values.get("rotary_interleaved", 0)), lengths, total,
+        cosine, sine, positions, values.get("rotary_interleaved", 0) == 1, lengths, total,
     )  # fmt: skip
     if not rotary:
         call = Call(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -51,20 +52,23 @@ def node_name(node: onnx.NodeProto, index: int) -> str:
 def in_order(nodes: Iterable[onnx.NodeProto]) -> list[onnx.NodeProto]:
     """The nodes, each behind those that make what it reads: converters append some, and ONNX Runtime does not mind."""
     left = list(nodes)
-    made = {name for node in left for name in node.output}
-    ready: list[onnx.NodeProto] = []
-    while left:
-        late = []
-        for node in left:
-            if made & uses(node):
-                late.append(node)
-            else:
-                ready.append(node)
-                made -= set(node.output)
-        if len(late) == len(left):
-            return [*ready, *late]  # a cycle: ONNX Runtime will say so
-        left = late
-    return ready
+    makers = {name: at for at, node in enumerate(left) for name in node.output if name}
+    waits = [{makers[name] for name in uses(node) if name in makers} for node in left]
+    readers: dict[int, list[int]] = {}
+    for at, sources in enumerate(waits):
+        for source in sources:
+            readers.setdefault(source, []).append(at)
+    ready = [at for at, sources in enumerate(waits) if not sources]  # sorted, so a heap
+    order: list[int] = []
+    while ready:
+        at = heapq.heappop(ready)
+        order.append(at)
+        for reader in readers.get(at, []):
+            waits[reader].discard(at)
+            if not waits[reader]:
+                heapq.heappush(ready, reader)
+    # Nodes in a cycle stay behind; ONNX Runtime will say so.
+    return [left[at] for at in (*order, *sorted(set(range(len(left))) - set(order)))]
 
 
 class GraphIndex:

@@ -193,10 +193,6 @@ def _narrowed(scores: Scores, case: Case, past: int, new: int, window: int) -> i
         found = scores(case, past, new)
     except UnevaluatedError as error:
         raise _UnmeasuredError(f"{new} tokens behind {past}: {error}") from error
-    except Exception as error:
-        if isinstance(error, UnsupportedError):
-            raise
-        raise _UnmeasuredError(f"{new} tokens behind {past} cannot be computed ({_line(error)})") from error
     if found.shape[-2:] != (new, past + new):
         raise UnsupportedError(f"{new} tokens behind {past} have scores {list(found.shape)}")
     seen = _seen(found, past)
@@ -209,10 +205,6 @@ def _narrowed(scores: Scores, case: Case, past: int, new: int, window: int) -> i
             shown = f"{query + 1 - hidden.size} of {query + 1} positions"
             raise UnsupportedError(f"position {query} sees {shown}: neither causal nor a sliding window")
     return window
-
-
-def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def verify(
@@ -237,10 +229,8 @@ def verify(
         shown = f"{rows} rows of {new} tokens behind {past}"
         try:
             out = attend(case, q, k, v, past)
-        except UnsupportedError:
-            raise
-        except Exception as error:
-            raise UnsupportedError(f"{shown} cannot be computed ({_line(error)})") from error
+        except UnevaluatedError as error:
+            raise UnsupportedError(f"{shown}: {error}") from error
         wanted = _expected(q, k, v, scale, softcap, window)
         if out.shape != wanted.shape:
             raise UnsupportedError(f"{shown} give {out.shape}, not {wanted.shape}")

@@ -10,7 +10,7 @@ import onnx
 
 from inferos.errors import ModelError, UnsupportedError
 from inferos.runtime._branches import branch_input, inline_branch
-from inferos.runtime._graph import external_files, load_graph, subgraphs
+from inferos.runtime._graph import damage_named, external_files, load_graph, subgraphs
 from inferos.runtime.layout._pasts import Past, named_pasts
 from inferos.runtime.layout._places import find_model
 from inferos.runtime.layout._read import read_layout
@@ -63,22 +63,22 @@ def inspect_model(path: str | Path) -> Inspection:
     except UnsupportedError as error:
         return Inspection(None, None, str(error))
     model = load_graph(place.model_path)
-    external = external_files(model, place.model_path)
     layout, reason = None, ""
     try:
         layout = read_layout(path)
-    except (ModelError, UnsupportedError) as error:
+    except ModelError as error:
         reason = str(error)
-    return Inspection(
-        place,
-        layout,
-        reason,
-        tuple(value.name for value in model.graph.input),
-        tuple(value.name for value in model.graph.output),
-        _pasts(model.graph),
-        _attention(model.graph),
-        external,
-    )
+    with damage_named(place.model_path):
+        return Inspection(
+            place,
+            layout,
+            reason,
+            tuple(value.name for value in model.graph.input),
+            tuple(value.name for value in model.graph.output),
+            _pasts(model.graph),
+            _attention(model.graph),
+            external_files(model, place.model_path),
+        )
 
 
 def _pasts(graph: onnx.GraphProto) -> tuple[Past, ...]:

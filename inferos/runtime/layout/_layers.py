@@ -12,9 +12,10 @@ from inferos.runtime.forms import subgraphs
 from inferos.runtime.layout._pasts import named_pasts
 from inferos.runtime.layout._types import AttentionLayer
 
-__all__ = ["Attention", "read_attention", "shares_buffers"]
+__all__ = ["Attention", "buffer_inputs", "read_attention", "shares_buffers"]
 
-_STOCK_OP, _STOCK_PASTS = "GroupQueryAttention", (3, 4)
+# Operators that append in place, and where their pasts are among their inputs.
+_IN_PLACE = {"GroupQueryAttention": (3, 4), "TensorScatter": (0,)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,12 +112,24 @@ def _tables(node: AttentionNode) -> list[str]:
     return list(node.node.input[5:7]) if node.call is None else [node.call.cosine, node.call.sine]
 
 
+def buffer_inputs(graph: onnx.GraphProto) -> tuple[str, str]:
+    """The inputs that say how many tokens of a buffer count, and where new ones go; empty where there is none.
+
+    Of the first, a rewritten graph makes our lengths.
+    """
+    inputs = {value.name for value in graph.input}
+    held = {node.input[6] for node in graph.node if node.op_type == "Attention" and len(node.input) > 6}
+    held |= {name for node in graph.node for name in node.input if node.output[0].startswith(f"inferos/{name}/")}
+    written = {node.input[2] for node in graph.node if node.op_type == "TensorScatter" and len(node.input) > 2}
+    return next(iter(held & inputs), ""), next(iter(written & inputs), "")
+
+
 def shares_buffers(graph: onnx.GraphProto, wanted: set[str]) -> bool:
-    """Whether the pasts `wanted` are read by GroupQueryAttention alone, which appends in place and knows the lengths."""
+    """Whether the pasts `wanted` are read by operators alone that append in place and are told the lengths."""
     pasts: set[str] = set()
     others: set[str] = set()
     for node in graph.node:
-        places = _STOCK_PASTS if node.op_type == _STOCK_OP else ()
+        places = _IN_PLACE.get(node.op_type, ())
         pasts |= {name for at, name in enumerate(node.input) if at in places and name}
         others |= {name for at, name in enumerate(node.input) if at not in places}
         others |= {name for body in subgraphs(node) for inner in body.node for name in inner.input}

@@ -10,8 +10,8 @@ import onnx
 
 from inferos.errors import ModelError, UnsupportedError
 from inferos.runtime._branches import branch_input, inline_branch
-from inferos.runtime._graph import external_files, load_graph, tensor_shape
-from inferos.runtime.layout._layers import Attention, read_attention, shares_buffers
+from inferos.runtime._graph import damage_named, external_files, load_graph, tensor_shape
+from inferos.runtime.layout._layers import Attention, buffer_inputs, read_attention, shares_buffers
 from inferos.runtime.layout._places import find_model
 from inferos.runtime.layout._types import (
     HANDLE_INPUT,
@@ -19,6 +19,7 @@ from inferos.runtime.layout._types import (
     TOTAL_INPUT,
     Facts,
     ModelLayout,
+    Place,
 )
 
 __all__ = ["Ports", "read_layout", "read_ports"]
@@ -61,19 +62,27 @@ def read_layout(path: str | Path, *, stock: bool = False) -> ModelLayout:
     ------
     ModelError
         If there is no usable decoder model: no folder, a damaged configuration, no, a truncated or an incomplete ONNX
-        file, external data that is missing or outside the folder, a context that nothing states.
+        file, external data that is missing or outside the folder, a damaged graph, a context that nothing states.
     UnsupportedError
         If the model is no decoder-only text model, or its attention is of a form inferos does not compute; the
         message names the node and the reason.
     """
     place = find_model(path)
     model = load_graph(place.model_path)
+    with damage_named(place.model_path):
+        return _read(place, model, stock=stock)
+
+
+def _read(place: Place, model: onnx.ModelProto, *, stock: bool) -> ModelLayout:
     external = external_files(model, place.model_path)
     ports = read_ports(model.graph, place.facts)
     branch = branch_input(model.graph)
     if branch:
         inline_branch(model.graph, branch)
-    known = {ports.input_ids, ports.position_ids, ports.attention_mask, ports.logits_to_keep, branch}
+    held, written = buffer_inputs(model.graph)
+    known = {
+        ports.input_ids, ports.position_ids, ports.attention_mask, ports.logits_to_keep, branch, held, written,
+    }  # fmt: skip
     if not set(_inputs(model.graph)) - known:
         raise UnsupportedError(
             f"read_layout: {place.model_path.name} takes no past: it was exported without a KV cache "
@@ -100,6 +109,8 @@ def read_layout(path: str | Path, *, stock: bool = False) -> ModelLayout:
         attention_mask=ports.attention_mask,
         use_cache_branch=branch,
         logits_to_keep=ports.logits_to_keep,
+        tokens_held=held,
+        write_indices=written,
         last_logits_only=ports.last_logits_only,
         one_token_runs=ports.one_token_runs,
         shared_positions=attention.shared_positions,

@@ -140,6 +140,9 @@ class ModelLayout:
         A bool input that chooses between a branch without and one with past; empty where there is none.
     logits_to_keep : str
         An int64 input that says how many tokens get logits, 0 = all; empty where there is none.
+    tokens_held, write_indices : str
+        int64 inputs of a graph over buffers of a fixed size, one number a row: tokens that count, and where new ones
+        go; empty where there is none.
     last_logits_only : bool
         Whether the graph gives logits after the last token only.
     one_token_runs : bool
@@ -173,6 +176,8 @@ class ModelLayout:
     attention_mask: str = ""
     use_cache_branch: str = ""
     logits_to_keep: str = ""
+    tokens_held: str = ""
+    write_indices: str = ""
     last_logits_only: bool = False
     one_token_runs: bool = False
     shared_positions: bool = False
