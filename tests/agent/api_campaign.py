@@ -22,11 +22,8 @@ from inferos.config import Policy
 ROOT = Path(__file__).resolve().parents[2]
 # A policy can follow its schema and break a rule over several keys, or one together with what is in force; a version
 # can be one that is not remembered; times can be out of order. The guard refuses methods before a route is known, so its
-Allow header is that of the whole agent.
+# Allow header is that of the whole agent.
 CONFIGURATION = """
-[checks.ignored_auth]
-enabled = false
-
 [checks.allow_header_conformance]
 enabled = false
 
