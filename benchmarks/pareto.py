@@ -48,6 +48,7 @@ from inferos.runtime.session import open_by_policy, open_session
 SCHEMA = "inferos.pareto/1"
 SEEDS = 2  # of the random control
 CONTROLS = ("recency", "random")
+OWN = "own sample"  # what texts of the model's own are called
 MIXES = {
     "30 % int8, 70 % k8v4": Mix(0.3, narrow="k8v4"),
     "30 % int8, 70 % int4": Mix(0.3),
@@ -130,7 +131,7 @@ class Bench:
         self.texts = texts(folder, self.layout, 2, TRAINED_CONTEXT) if folder is not None else {}
         self._stock = open_session(self.layout, kv="off", threads=1)
         for seed in range(samples):
-            self.texts[f"own sample {seed}"] = self._kept(
+            self.texts[f"{OWN} {seed}"] = self._kept(
                 f"sample-{seed}", lambda seed=seed: measures.sample_text(self._stock, TRAINED_CONTEXT, seed=seed)
             )
         self.traces = self._traces(list(self.texts.values()))
@@ -230,20 +231,29 @@ def mark_frontier(rows: list[dict[str, Any]]) -> None:
         )
 
 
-def paired(found: dict[tuple[str, str], Found], group: str, other: str) -> dict[str, Any]:
-    """The default scorer's KLD less another's at the same bytes, position by position."""
+def paired(found: dict[tuple[str, str], Found], group: str, other: str, names: list[str]) -> list[dict[str, Any]]:
+    """The default scorer's KLD less another's at the same bytes, on all texts and on each kind."""
     ours, theirs = found[group, DEFAULT_SCORER], found[group, other]
     assert ours.kv_bytes == theirs.kv_bytes
-    difference = ours.scores[:, 2] - theirs.scores[:, 2]
-    of_difference: Interval = interval(resampled_means(difference))
-    return {
-        "group": group,
-        "against": other,
-        "difference": float(difference.mean()),
-        "interval": dataclasses.asdict(of_difference),
-        "relative": float(difference.mean() / theirs.scores[:, 2].mean()),
-        "kv_bytes": ours.kv_bytes,
-    }
+    own = np.repeat([name.startswith(OWN) for name in names], len(ours.scores) // len(names))
+    pairs: list[dict[str, Any]] = []
+    for on, chosen in (("all", np.ones_like(own)), ("text", ~own), ("own samples", own)):
+        if not chosen.any():
+            continue
+        difference = (ours.scores[:, 2] - theirs.scores[:, 2])[chosen]
+        of_difference: Interval = interval(resampled_means(difference))
+        pairs.append(
+            {
+                "group": group,
+                "against": other,
+                "on": on,
+                "difference": float(difference.mean()),
+                "interval": dataclasses.asdict(of_difference),
+                "relative": float(difference.mean() / theirs.scores[chosen, 2].mean()),
+                "kv_bytes": ours.kv_bytes,
+            }
+        )
+    return pairs
 
 
 def by_text(found: dict[tuple[str, str], Found], names: list[str]) -> dict[str, dict[str, float]]:
@@ -280,20 +290,21 @@ def main() -> None:
     if arguments.only:
         return
     mark_frontier(rows)
-    pairs = [paired(found, group, other) for group in MIXES for other in CONTROLS]
+    names = list(bench.texts)
+    pairs = [pair for group in MIXES for other in CONTROLS for pair in paired(found, group, other, names)]
     for pair in pairs:
         print(
-            f"{pair['group']}: {DEFAULT_SCORER} against {pair['against']}: {pair['relative']:+.1%}, difference "
-            f"{pair['difference']:.2e} ({pair['interval']['low']:.2e} to {pair['interval']['high']:.2e})"
+            f"{pair['group']}, {pair['on']}: {DEFAULT_SCORER} against {pair['against']}: {pair['relative']:+.1%}, "
+            f"difference {pair['difference']:.2e} ({pair['interval']['low']:.2e} to {pair['interval']['high']:.2e})"
         )
     save(
         arguments.json,
         SCHEMA,
         positions=len(next(iter(found.values())).scores),
-        texts=list(bench.texts),
+        texts=names,
         rows=rows,
         pairs=pairs,
-        kld_by_text=by_text(found, list(bench.texts)),
+        kld_by_text=by_text(found, names),
     )
 
 

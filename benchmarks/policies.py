@@ -365,7 +365,8 @@ class SimulatedSequence(OnlyFed):
         return (self.length - tokens) * per_token + self.packed * heads * (fmt.block_bytes + pins)
 
     def _buffers(self) -> list[Float32]:
-        return self.inner._buffers  # type: ignore[attr-defined,no-any-return] # noqa: SLF001 - what is simulated
+        # What is simulated; the reference model's past and present share buffers.
+        return self.inner._open_cache().buffers  # type: ignore[attr-defined,no-any-return] # noqa: SLF001
 
     def feed(self, ids: Ids) -> Float32:
         chunk = 512  # a prompt's later chunks see the earlier ones packed, as in our cache

@@ -56,13 +56,14 @@ def pairs(record: Record) -> str:
         [
             pair["group"],
             pair["against"],
+            pair["on"],
             f"{pair['relative']:+.1%}",
             f"{pair['difference']:.1e} ({between(pair['interval'], scientific)})",
             "yes" if pair["interval"]["high"] < 0 else "no",
         ]
         for pair in record["pairs"]
     ]
-    return table(["mix", "against", "KLD", "difference, nats", "interval below 0"], lines, 2)
+    return table(["mix", "against", "on", "KLD", "difference, nats", "interval below 0"], lines, 3)
 
 
 def eviction(record: Record) -> str:

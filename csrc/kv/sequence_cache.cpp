@@ -1,3 +1,4 @@
+// Over 600 lines: one class, all of whose functions work on the State that stands first.
 #include "kv/sequence_cache.hpp"
 
 #include <algorithm>

@@ -11,14 +11,18 @@ from inferos.config import LoopsPolicy, TelemetryPolicy
 from inferos.config.section import Section
 
 __all__ = [
+    "BaselineBody",
     "Config",
     "ConfigChange",
     "HistoryAnswer",
+    "HistoryEntry",
     "InferenceContextBody",
     "InferenceStatsBody",
     "PolicyAnswer",
     "PolicyHistoryAnswer",
+    "PolicyHistoryEntry",
     "Refusal",
+    "RefusalDetails",
     "RollbackBody",
     "RunContextBody",
     "SuggestedPolicy",
@@ -161,11 +165,13 @@ class SuggestedPolicy(_Answer):
 
 
 class RefusalDetails(_Answer):
-    """What was wrong."""
+    """What was wrong; `type` and `param` are for OpenAI's clients, `param` is always null."""
 
     code: int
     message: str
     details: str | None
+    type: str
+    param: None
 
 
 class Refusal(_Answer):

@@ -32,7 +32,23 @@ from inferos.errors import ConfigError
 from inferos.kv.policy import PolicyVersion
 from inferos.runtime.metrics import RequestTimes
 
-__all__ = ["REFUSALS", "WRITES", "control_router", "describe"]
+__all__ = [
+    "REFUSALS",
+    "WRITES",
+    "baseline",
+    "control_router",
+    "describe",
+    "get_config",
+    "get_policy",
+    "history",
+    "metrics_push",
+    "policy_history",
+    "policy_suggest",
+    "post_config",
+    "post_policy",
+    "rollback",
+    "run_context",
+]
 
 WRITES = ("/v1/policy", "/v1/policy/rollback", "/v1/baseline", "/v1/config")
 _MOST_ROWS = 10_000

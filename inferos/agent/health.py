@@ -14,7 +14,7 @@ __all__ = ["health_router"]
 
 
 def health_router() -> APIRouter:
-    """GET /v1/health, /v1/live, /live and /v1/ready."""
+    """GET /v1/health, /v1/live and /live, the first two under /api too, and /v1/ready."""
     router = APIRouter(tags=["health"])
 
     async def health(request: Request) -> dict[str, Any]:
@@ -25,6 +25,7 @@ def health_router() -> APIRouter:
             found |= {
                 "model": None if state.model is None else state.model.name,
                 "uptime_seconds": state.uptime_seconds,
+                **({} if state.more_health is None else state.more_health()),
             }
         return found
 
@@ -35,7 +36,7 @@ def health_router() -> APIRouter:
             raise Problem(503, "Not ready", "the model is being loaded", [(b"retry-after", b"1")])
         return {"status": "ready"}
 
-    for path in ("/v1/health", "/v1/live", "/live"):
+    for path in ("/v1/health", "/api/v1/health", "/v1/live", "/api/v1/live", "/live"):
         router.add_api_route(path, health, methods=["GET"])
     router.add_api_route("/v1/ready", ready, methods=["GET"])
     return router

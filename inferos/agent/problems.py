@@ -1,4 +1,7 @@
-"""What the agent answers when it refuses: ``{"error": {"code", "message", "details"}}``, without traceback, path or echo."""
+"""What the agent answers when it refuses: ``{"error": {"code", "message", "details"}}``, without traceback, path or echo.
+
+OpenAI's clients read `type` and `param` there as well, so both are in it; `param` is always null.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,13 @@ from collections.abc import Iterable
 from typing import Any
 
 __all__ = ["Headers", "Problem", "problem_body"]
+
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
 
 Headers = Iterable[tuple[bytes, bytes]]
 
@@ -32,7 +42,12 @@ class Problem(Exception):  # noqa: N818 - an answer, not a fault
         self.headers = tuple(headers)
 
 
+def _type(code: int) -> str:
+    """The word of OpenAI's clients for it."""
+    return _TYPES.get(code, "invalid_request_error" if code < 500 else "server_error")
+
+
 def problem_body(code: int, message: str, details: str | None = None) -> bytes:
     """The body of an answer that refuses."""
-    error: dict[str, Any] = {"code": code, "message": message, "details": details}
+    error: dict[str, Any] = {"code": code, "message": message, "details": details, "type": _type(code), "param": None}
     return json.dumps({"error": error}).encode()

@@ -34,6 +34,8 @@ class AgentState:
         What is served; None for an agent that only controls.
     ready : threading.Event
         Set after load and warm-up, and at once where nothing is to be loaded.
+    more_health : callable or None
+        What GET /health says besides, to who has the token.
     clock : seconds, monotonic
     start_policy : Policy
         What /v1/baseline without a body goes back to.
@@ -59,6 +61,7 @@ class AgentState:
     policies: PolicyStore
     model: Model | None = None
     ready: threading.Event = field(default_factory=threading.Event)
+    more_health: Callable[[], dict[str, Any]] | None = None
     clock: Callable[[], float] = time.monotonic
     started: float = 0.0
     start_policy: Policy = field(default_factory=Policy)

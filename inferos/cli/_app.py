@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from inferos.cli import agent, bench, chat, demo, doctor, evaluate, folder, inspect, plan, run
+from inferos.cli import agent, bench, chat, demo, doctor, evaluate, folder, inspect, plan, run, serve
 from inferos.errors import ConfigError, ContextError, InferosError, ModelError, TemplateError
 
 __all__ = ["app", "main"]
@@ -111,6 +111,7 @@ app.command("plan")(plan.plan)
 app.command("rewrite")(folder.rewrite)
 app.command("agent")(agent.agent)
 app.command("doctor")(doctor.doctor)
+app.command("serve")(serve.serve)
 app.add_typer(bench.group, name="bench")
 
 

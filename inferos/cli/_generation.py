@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, TextIO
 
 import typer
 
@@ -30,7 +31,17 @@ if TYPE_CHECKING:
     from inferos.runtime.generate import Generation
     from inferos.runtime.model import Model
 
-__all__ = ["Answering", "Request", "figures", "load_model", "one_line", "policy_in_force", "show_plan", "stream"]
+__all__ = [
+    "Answering",
+    "Planned",
+    "Request",
+    "figures",
+    "load_model",
+    "one_line",
+    "policy_in_force",
+    "show_plan",
+    "stream",
+]
 
 MaxTokensOption = Annotated[
     int, typer.Option("--max-tokens", metavar="N", help="Tokens of an answer at most.", show_default=True)
@@ -135,7 +146,21 @@ def load_model(request: Request) -> Model:
     return model
 
 
-def show_plan(request: Request, options: Answering, **more: Any) -> None:
+class Planned(Protocol):
+    """What a dry run reads of a command's options."""
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Tokens of an answer at most."""
+        ...
+
+    @property
+    def json_path(self) -> Path | None:
+        """Where the plan goes."""
+        ...
+
+
+def show_plan(request: Request, options: Planned, **more: Any) -> None:
     """`--dry-run`; `more`: settings that only one command has."""
     from inferos.runtime.layout import read_layout
     from inferos.runtime.model import resolve_model

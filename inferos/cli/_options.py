@@ -240,8 +240,9 @@ def cache_policy(
     memory_limit: str | None = None,
     quality_threshold: float | None = None,
     scheduler: Mapping[str, Any] | None = None,
+    config: Path | None = None,
 ) -> Policy:
-    """The policy of the environment variables, with `--memory-limit`, `--quality-threshold` and `--mode` over it.
+    """The policy of the file and the environment variables, with `--memory-limit`, `--quality-threshold` and `--mode` over it.
 
     Raises
     ------
@@ -256,7 +257,7 @@ def cache_policy(
     if quality_threshold is not None:
         check_range("--quality-threshold", quality_threshold, 0, 2)
         changes["quality"] = {"max_delta_ppl": quality_threshold}
-    return load_policy(changes)
+    return load_policy(changes) if config is None else load_policy(config).update(changes)
 
 
 def limit_given(policy: Policy) -> int:

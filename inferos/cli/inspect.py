@@ -149,7 +149,7 @@ def _verdict(report: dict[str, Any]) -> str:
 
 def _table(layers: list[dict[str, Any]]) -> list[str]:
     """The layers in columns, none of them cut short: names of nodes are long."""
-    rows = [_HEADS]
+    rows: list[tuple[str, ...]] = [_HEADS]
     for number, layer in enumerate(layers):
         window = "unknown" if layer["node"] is None else "all"
         cells = (layer["form"], layer["heads"], layer["kv_heads"], layer["head_dim"])

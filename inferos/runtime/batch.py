@@ -67,6 +67,7 @@ class Row(Run):
     asked : Feed or None
         What its loop waits for; None before the first step and after the end.
     out : tokens nobody has taken yet, oldest first
+    wake : called when `out` has something new, and at the end; or None
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Row(Run):
         super().__init__(loop, on_end, clock)
         self.asked: Feed | None = None
         self.out: deque[Token] = deque()
+        self.wake: Callable[[], None] | None = None
         self._joined = clock()
         self._told = False
 
@@ -147,6 +149,14 @@ class Row(Run):
             self.end(error)
         else:
             self.asked = item
+            if self.out and self.wake is not None:
+                self.wake()
+
+    def end(self, error: BaseException | None = None) -> None:
+        """As any run; who waits is told."""
+        super().end(error)
+        if self.wake is not None:
+            self.wake()
 
 
 class BatchDecoder:
@@ -326,6 +336,13 @@ class RowSource:
     def next(self) -> Token:
         """The next token; the other rows of the batch move on as well, and keep theirs."""
         return self._driver.next(self._row)
+
+    def ready(self) -> list[Token]:
+        """Tokens that nobody took yet."""
+        tokens = []
+        while (token := self._row.pop()) is not None:
+            tokens.append(token)
+        return tokens
 
     def close(self) -> None:
         """Let the row leave, at the latest after the step that is running."""

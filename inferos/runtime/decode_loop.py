@@ -80,6 +80,7 @@ class CachedTokens:
         self._chunk = prefill_chunk
         self.sequence: TokenSequence = session.sequence()
         self.ids: list[int] = []
+        self._one = np.zeros(1, np.int64)
 
     def align(self, ids: Sequence[int]) -> int:
         """Keep the longest common beginning with `ids`, but leave at least the last one to feed; its length.
@@ -103,7 +104,11 @@ class CachedTokens:
 
     def feed(self, asked: Feed) -> Float32:
         """The logits that a loop asks for. A failure leaves what was there."""
-        ids = np.array(asked.ids, dtype=np.int64)
+        if len(asked.ids) == 1:
+            ids = self._one
+            ids[0] = asked.ids[0]
+        else:
+            ids = np.array(asked.ids, dtype=np.int64)
         logits = self.sequence.feed_all(ids) if asked.all_logits else self.sequence.feed(ids)
         self.ids.extend(asked.ids)
         return logits
@@ -173,6 +178,8 @@ class DecodeLoop:
         self.prompt_tokens = len(prompt)
         self.cached_tokens = 0
         self.seed = sampler.seed
+        self._newest_id = [0]
+        self._newest = Feed(self._newest_id)  # asked again and again: a step makes no objects that it can do without
         self.decode_seconds = 0.0
         self.decode_tokens = 0
 
@@ -211,15 +218,17 @@ class DecodeLoop:
 
         All but the last of them are fed, and the sampler has accepted them.
         """
-        began, gate = self._clock(), self.speculation
-        draft: list[int] = []
+        began, gate, choices = self._clock(), self.speculation, None
         if gate is not None:
             gate.push([id])
             draft = gate.draft(min(left, self._context_length - len(self.cached.ids)) - 1)
-        choices = (yield from self._check(id, draft)) if draft else None
+            choices = (yield from self._check(id, draft)) if draft else None
         if choices is None:
-            logits = yield from self._feed([id])
-            if logits is None:
+            self._newest_id[0] = id
+            try:
+                logits = yield self._newest
+            except BudgetError as error:
+                self._out_of_budget(error)
                 return []
             self._sampler.accept(id)
             choices = [self._sampler.next(logits)]
@@ -268,12 +277,16 @@ class DecodeLoop:
         """Logits after the ids, or None where the budget ends the text; the cache holds what it held."""
         try:
             logits: Float32 = yield Feed(ids)
-        except BudgetError:
-            if not self._limits.budget_ends:
-                raise
-            self.reason = "budget"
+        except BudgetError as error:
+            self._out_of_budget(error)
             return None
         return logits
+
+    def _out_of_budget(self, error: BudgetError) -> None:
+        """End the text, where the budget does; else the error goes on."""
+        if not self._limits.budget_ends:
+            raise error
+        self.reason = "budget"
 
     def _reason_after(self, tail: StopTail, drawn: int, ahead: int) -> FinishReason | None:
         if tail.stopped:

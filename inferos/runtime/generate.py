@@ -106,6 +106,13 @@ class Generation:
         """
         return self._source.next()
 
+    def ready(self) -> list[Token]:
+        """Tokens that can be taken without waiting, of a request that a queue continues; no error is raised.
+
+        Look at `done` before: where it is True and nothing is ready, nothing comes any more.
+        """
+        return self._source.ready()
+
     def close(self) -> None:
         """End it. From another thread: it ends after the step that is running."""
         self._source.close()

@@ -29,6 +29,8 @@ from inferos.runtime.effective import EffectivePolicy, describe_policy
 from inferos.runtime.failover import EngineState, RobustFallbackManager
 from inferos.runtime.failover.relief import ModelMemory
 from inferos.runtime.generate import Generation
+from inferos.runtime.model_path import resolve_model
+from inferos.runtime.prefixes import PrefixCaches, PrefixTokens
 from inferos.runtime.prompts import (
     DEFAULT_MAX_TOKENS,
     GenerateOptions,
@@ -51,30 +53,6 @@ R = TypeVar("R", bound=Run)
 Prepared = tuple[Sampler, Limits, SpeculationGate | None]  # the options of a generation, checked
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-
-
-def resolve_model(model: str | Path) -> Path:
-    """The folder or the ONNX file a MODEL argument stands for.
-
-    Parameters
-    ----------
-    model : str or Path
-        "reference" is the embedded model, built on first use; anything else is the path of a folder or an ONNX file.
-
-    Raises
-    ------
-    ModelError
-        If it is neither.
-    """
-    if model == "reference":
-        from inferos.runtime.reference import reference_folder
-
-        return reference_folder()
-    path = Path(model).expanduser()
-    if not path.is_dir() and not (path.is_file() and path.suffix == ".onnx"):
-        what = "a file" if path.exists() else "not there"
-        raise ModelError(f"model: {str(model)!r} is {what}; wanted a model's folder, an ONNX file, or reference")
-    return path
 
 
 def load(
@@ -551,15 +529,22 @@ class Model:
         max_tokens: int,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        prefixes: PrefixCaches | None = None,
         **options: Any,
     ) -> R:
-        """A run of its own cache, which its end frees."""
+        """A run of its own cache, which its end frees, or gives to `prefixes`."""
         prepared = self._prepare(are_messages(prompt), max_tokens, **options)
         ids = self.prompt_ids(prompt, tools=tools)
-        cached = self._cache()
+        if prefixes is None:
+            cached = self._cache()
+        else:
+            cached = PrefixTokens(self.session, self._prefill_chunk, prefixes)
 
-        def end(_run: Run, _error: BaseException | None) -> None:
-            cached.sequence.close()
+        def end(_run: Run, error: BaseException | None) -> None:
+            if isinstance(cached, PrefixTokens):
+                cached.end(error)
+            else:
+                cached.sequence.close()
 
         return self._run(kind, clock, cached, ids, prepared, end)
 

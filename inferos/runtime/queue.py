@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Generic, Literal, Protocol, Self, TypeVar, Unp
 from inferos.errors import ClosedError, ConfigError, QueueFullError
 from inferos.runtime.batch import MAX_ROWS, BatchDecoder, Row, RowSource
 from inferos.runtime.generate import Generation
+from inferos.runtime.prefixes import PrefixCaches
 from inferos.runtime.prompts import DEFAULT_MAX_TOKENS, GenerateOptions, Prompt
 from inferos.runtime.stop_texts import Token
 
@@ -131,6 +132,8 @@ class RequestQueue:
         Seconds that a class is worth: see the module's text.
     clock : Clock
         Of the waiting.
+    prefixes : PrefixCaches, optional
+        Where a request's cache goes at its end, and may begin with one that lies there.
 
     Notes
     -----
@@ -146,6 +149,7 @@ class RequestQueue:
         max_waiting: int = MAX_WAITING,
         aging: float = AGING,
         clock: Clock | None = None,
+        prefixes: PrefixCaches | None = None,
     ) -> None:
         for name, value in (("max_wait", max_wait), ("aging", aging)):
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
@@ -156,6 +160,7 @@ class RequestQueue:
         self._decoder: BatchDecoder = model._decoder(max_rows)  # noqa: SLF001 - a part of Model
         self._line = Line[Row](max_wait=max_wait, max_waiting=max_waiting, aging=aging)
         self._clock: Clock = clock or _SystemClock()
+        self._prefixes = prefixes
         self._changed = threading.Condition()  # over everything above; the worker holds it but while a step runs
         self._drainers = 0
         self._closed = False
@@ -193,6 +198,7 @@ class RequestQueue:
         max_tokens: int = DEFAULT_MAX_TOKENS,
         *,
         priority: Priority = "medium",
+        wake: Callable[[], None] | None = None,
         **options: Unpack[GenerateOptions],
     ) -> Generation:
         """Queue a prompt.
@@ -201,6 +207,8 @@ class RequestQueue:
         ----------
         prompt, max_tokens, options : as `Model.generate` with one prompt
         priority : high, medium or low
+        wake : callable, optional
+            Called by the thread that works, whenever `Generation.ready` may have something new. Must return at once.
 
         Returns
         -------
@@ -220,7 +228,8 @@ class RequestQueue:
         if priority not in CLASSES:
             raise ConfigError(f"priority: {priority!r} is not one of {', '.join(CLASSES)}")
         model = self._model
-        row = model._begin(Row, model._clock, prompt, max_tokens, **options)  # noqa: SLF001
+        row = model._begin(Row, model._clock, prompt, max_tokens, prefixes=self._prefixes, **options)  # noqa: SLF001
+        row.wake = wake
         generation = Generation(RowSource(row, self))
         try:
             model._track(generation)  # noqa: SLF001

@@ -105,6 +105,10 @@ class TokenSource(Protocol):
         """The next token. Raises StopIteration at the end, and what ended the run if something failed."""
         ...
 
+    def ready(self) -> list[Token]:
+        """Tokens that can be taken at once."""
+        ...
+
     def close(self) -> None:
         """End the run, at the latest after the step that is running."""
 
@@ -127,6 +131,10 @@ class Alone:
             self._lock.release()
             if self.run.loop.closing:
                 self.close()
+
+    def ready(self) -> list[Token]:
+        """None: a run that is driven by who takes its tokens has none in stock."""
+        return []
 
     def close(self) -> None:
         """End it. From another thread: it ends after the step that is running."""

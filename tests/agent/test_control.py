@@ -189,5 +189,5 @@ def test_pushed_figures_are_counted(control: Control) -> None:
 def test_refusals_have_one_form(control: Control) -> None:
     found = control.post("/v1/run-context", {"model": "m", "seq_len": -1, "extra": 1}, 400)
     assert set(found) == {"error"}
-    assert set(found["error"]) == {"code", "message", "details"}
+    assert set(found["error"]) == {"code", "message", "details", "param", "type"}
     assert "seq_len" in json.dumps(found)

@@ -266,7 +266,7 @@ def test_every_answer_has_the_security_headers_and_names_no_server(agent: Agent,
 
 def test_a_refusal_has_the_missions_form_and_no_echo(agent: Agent) -> None:
     answer = request(agent, "GET /v1/<script>alert(1)</script>")
-    assert set(json.loads(answer.body)["error"]) == {"code", "message", "details"}
+    assert set(json.loads(answer.body)["error"]) == {"code", "message", "details", "type", "param"}
     assert b"script" not in answer.body
 
 

@@ -1,4 +1,7 @@
-"""The command line: what it answers, what it writes as JSON, and how it says that something is wrong."""
+"""The command line: what it answers, what it writes as JSON, and how it says that something is wrong.
+
+Over 600 lines: one promise after the other, a few lines each.
+"""
 
 from __future__ import annotations
 

@@ -16,7 +16,13 @@ _LEAST_BUDGET = 16 << 20  # bytes; the smallest pool that a policy may ask for
 class HasRows(Protocol):
     """What decodes rows together."""
 
-    max_rows: int
+    @property
+    def max_rows(self) -> int:
+        """Rows decoded together."""
+        ...
+
+    @max_rows.setter
+    def max_rows(self, rows: int) -> None: ...
 
 
 class ModelMemory:
