@@ -52,6 +52,7 @@ __all__ = [
 
 WRITES = ("/v1/policy", "/v1/policy/rollback", "/v1/baseline", "/v1/config")
 _MOST_ROWS = 10_000
+_ABSENT = object()  # no body, which null is not
 
 REFUSALS: dict[int | str, dict[str, Any]] = {
     code: {"model": Refusal, "description": what}
@@ -76,14 +77,9 @@ def _state(request: Request) -> AgentState:
 
 
 async def _json(request: Request) -> Any:
-    """The body as JSON; None where there is none. The guard has checked its form."""
+    """The body as JSON; `_ABSENT` where there is none. The guard has checked its form."""
     body = await request.body()
-    if not body:
-        return None
-    value = json.loads(body)
-    if value is None:
-        raise Problem(400, "Invalid request", "the body is null")
-    return value
+    return json.loads(body) if body else _ABSENT
 
 
 State = Annotated[AgentState, Depends(_state)]
@@ -188,10 +184,10 @@ def baseline(
     state: State, body: Json, enable: Annotated[Literal["true", "false"] | None, Query()] = None
 ) -> PolicyAnswer:
     """Switch compression off (enable) or back on for new sequences; without body and query, reset the policy."""
-    if body is not None and enable is not None:
+    if body is not _ABSENT and enable is not None:
         raise Problem(400, "Invalid request", "enable: given in the body and in the query")
     wanted = None if enable is None else enable == "true"
-    if body is not None:
+    if body is not _ABSENT:
         if not isinstance(body, dict) or set(body) != {"enable"} or not isinstance(body["enable"], bool):
             raise Problem(400, "Invalid request", 'the body is not {"enable": true} or {"enable": false}')
         wanted = body["enable"]

@@ -20,7 +20,7 @@ from typing import Any
 
 from inferos.agent.problems import Problem, problem_body
 
-__all__ = ["Guard", "Limits"]
+__all__ = ["Guard", "Limits", "OPEN_PATHS"]
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -30,7 +30,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "DELETE"})
 _READING = frozenset({"GET", "HEAD"})
-_OPEN = frozenset({"/v1/health", "/api/v1/health", "/v1/live", "/live", "/api/v1/live"})
+OPEN_PATHS = frozenset({"/v1/health", "/api/v1/health", "/v1/live", "/live", "/api/v1/live"})
 _SAME_SITE = frozenset({b"none", b"same-origin"})
 
 _DRAINED = 1 << 20  # bytes
@@ -106,7 +106,7 @@ class Guard:
         self._hosts = frozenset(f"{host}:{port}".encode() for host in hosts)
         self._origins = frozenset(b"http://" + host for host in self._hosts)
         self._token = token.encode()
-        self._open = _OPEN | frozenset(public)
+        self._open = OPEN_PATHS | frozenset(public)
         self._inference = tuple(inference)
         self._writes = frozenset(writes)
         self._limits = limits or Limits()

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from inferos.agent.app import build_app
+from inferos.agent.guard import OPEN_PATHS
 from inferos.agent.launch import agent_routers
 from inferos.agent.state import AgentState
 from inferos.kv.policy import PolicyStore
@@ -24,8 +25,10 @@ def document() -> dict[str, Any]:
     schemes["bearer"] = {"type": "http", "scheme": "bearer"}
     found["security"] = [{"token": []}, {"bearer": []}]
     found["servers"] = [{"url": "http://127.0.0.1:7031"}]
-    for path in found["paths"].values():
+    for name, path in found["paths"].items():
         for operation in path.values():
+            if name in OPEN_PATHS:
+                operation["security"] = []
             # The guard and we answer 400 where FastAPI alone would answer 422.
             operation["responses"].pop("422", None)
     for name in ("HTTPValidationError", "ValidationError"):

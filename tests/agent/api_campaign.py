@@ -24,9 +24,6 @@ ROOT = Path(__file__).resolve().parents[2]
 # can be one that is not remembered; times can be out of order. The guard refuses methods before a route is known, so its
 # Allow header is that of the whole agent.
 CONFIGURATION = """
-[checks.ignored_auth]
-enabled = false
-
 [checks.allow_header_conformance]
 enabled = false
 

@@ -10,6 +10,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from agent_client import Control, controlling
+from agent_server import TOKEN, read_answer
 
 import inferos
 from inferos.agent.history import AgentStore, Sample
@@ -85,6 +86,10 @@ def test_baseline_without_a_body_goes_back_to_the_policy_of_the_start(control: C
     assert control.post("/v1/baseline")["requested"] == DEFAULT
     control.post("/v1/baseline?enable=true", {"enable": True}, 400)
     control.post("/v1/baseline", {"enable": 1}, 400)
+    with control.agent.connect() as connection:
+        head = f"POST /v1/baseline HTTP/1.1\r\nHost: 127.0.0.1:{control.agent.port}\r\nX-Inferos-Token: {TOKEN}\r\n"
+        connection.sendall(f"{head}Content-Type: application/json\r\nContent-Length: 4\r\n\r\nnull".encode())
+        assert read_answer(connection).status == 400
 
 
 def kept_bytes(model: inferos.Model) -> set[str]:
