@@ -164,7 +164,7 @@ inferos_status inferos_set_threads(int64_t threads) {
 
 inferos_status inferos_arena_create(uint64_t budget_bytes, inferos_arena** arena) {
   return guarded([&] {
-    require(arena, "arena");
+    require(static_cast<const void*>(arena), "arena");
     *arena = std::make_unique<inferos_arena>(inferos_arena{std::make_shared<inferos::Arena>(budget_bytes)}).release();
   });
 }
