@@ -7,11 +7,11 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+from agent_server import TOKEN, Agent, new_state, serving
 
 import inferos
 from inferos.agent.app import build_app, guarded
 from inferos.agent.inference import INFERENCE_PATHS, InferenceService, inference_routers, lemonade_health
-from tests.agent_server import TOKEN, Agent, new_state, serving
 
 httpx2 = pytest.importorskip("httpx2")
 
