@@ -5,8 +5,8 @@
 One thread, the embedded reference model, kv=int8. A sequence is decoded from `LOW` to `HIGH` tokens and rewound, over and over,
 so that packing, rewinding and every shape of a step are met thousands of times. The resident set is read every 1,000 steps.
 Allocations are calls to Python's allocators (see allocations.py): of a step of a session (one token in, logits out,
-committed), and of a generation with sampling and text. The times of a step with and without IOBinding are CPU times,
-interleaved.
+committed), and of a token of a generation, sampled at temperature 0.8, as an id and with its text. The times of a step
+with and without IOBinding are CPU times, interleaved.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import inferos
 from inferos.bench.record import environment, load_average
 from inferos.runtime._compressed import CompressedSession
 from inferos.runtime._runner import Runner
+from inferos.runtime.model import Model
 from inferos.runtime.protocols import TokenSequence
 from inferos.runtime.reference import reference_folder
 from inferos.runtime.session import open_session
@@ -88,7 +89,10 @@ def allocations() -> dict[str, float]:
             sequence = filled(opened(iobinding=bound))
             found[name] = counter.per_call(lambda each=sequence: decode(each, token))
         with inferos.load("reference", kv="int8", threads=1) as model:
-            tokens = model.generate("It was a", max_tokens=1500, temperature=0.8, seed=1)
+            options = {"max_tokens": 1500, "temperature": 0.8, "seed": 1, "ignore_eos": True}
+            ids = Model(model.session).generate(model.prompt_ids("It was a"), **options)
+            found["generate"] = counter.per_call(lambda: next(ids))
+            tokens = model.generate("It was a", **options)
             found["generate_with_text"] = counter.per_call(lambda: next(tokens))
         return found
 

@@ -257,6 +257,7 @@ class CompressedSequence:
         self.reviews = reviews
         self._turn: Turn | None = None
         self._one_token: OneToken | None = None
+        self._newest = np.zeros((1, 1), np.int64)  # the id of a one-token step; copied into the inputs
         self._guard = threading.Lock()  # over _turn and what is done on its strength; never held while the model runs
 
     @property
@@ -378,7 +379,8 @@ class CompressedSequence:
         with self.turn() as turn:
             token = check_ids(ids, session.layout, turn.past)
             self.reviews.before_step(turn.cache, 1, session.rules)
-            logits = session.run((turn,), token.reshape(1, 1))
+            np.copyto(self._newest, token)
+            logits = session.run((turn,), self._newest)
             self.commit(turn)
             last: Float32 = logits[0, -1].astype(np.float32, copy=False)
             return last

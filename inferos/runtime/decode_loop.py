@@ -200,48 +200,54 @@ class DecodeLoop:
                     break
                 drawn += 1
                 text = stream.push(choice.id) if stream is not None else ""
+                token = Token(choice.id, text, choice.logprob)
                 pending = stream is not None and stream.pending
-                yield from tail.add(Token(choice.id, text, choice.logprob), pending)
+                if pending or tail.holds_back:
+                    yield from tail.add(token, pending)
+                else:
+                    yield token
                 self.reason = self._reason_after(tail, drawn, len(choices))
                 if self.reason is not None:
                     break
+                if choices:
+                    continue
+                began = self._clock()
+                if self.speculation is not None:
+                    choices = yield from self._guess(choice.id, self._limits.max_tokens - drawn)
                 if not choices:
-                    choices = yield from self._step(choice.id, self._limits.max_tokens - drawn)
+                    self._newest_id[0] = choice.id
+                    try:
+                        logits = yield self._newest
+                    except BudgetError as error:
+                        self._out_of_budget(error)
+                        break
+                    self._sampler.accept(choice.id)
+                    choices.append(self._sampler.next(logits))
+                self.decode_seconds += self._clock() - began
+                self.decode_tokens += len(choices)
             if self.reason != "stop":
                 yield from tail.flush(stream.flush() if stream is not None else "")
         finally:
             # Of tokens drawn ahead and not given out all but the last are fed, and so is the newest one given out.
             self.cached.take_back(len(choices))
 
-    def _step(self, id: int, left: int) -> Generator[Feed, Any, list[Choice]]:
-        """What is drawn after the newest token: one choice, more where a draft was right, none if the budget ends it.
+    def _guess(self, id: int, left: int) -> Generator[Feed, Any, list[Choice]]:
+        """What a draft behind the newest token gives; nothing where there is none, or the budget has no room for it.
 
-        All but the last of them are fed, and the sampler has accepted them.
+        All but the last of the choices are fed, and the sampler has accepted them.
         """
-        began, gate, choices = self._clock(), self.speculation, None
-        if gate is not None:
-            gate.push([id])
-            draft = gate.draft(min(left, self._context_length - len(self.cached.ids)) - 1)
-            choices = (yield from self._check(id, draft)) if draft else None
-        if choices is None:
-            self._newest_id[0] = id
-            try:
-                logits = yield self._newest
-            except BudgetError as error:
-                self._out_of_budget(error)
-                return []
-            self._sampler.accept(id)
-            choices = [self._sampler.next(logits)]
-        self.decode_seconds += self._clock() - began
-        self.decode_tokens += len(choices)
-        return choices
+        gate = self.speculation
+        if gate is None:
+            return []
+        gate.push([id])
+        draft = gate.draft(min(left, self._context_length - len(self.cached.ids)) - 1)
+        return (yield from self._check(id, draft, gate)) if draft else []
 
-    def _check(self, id: int, draft: list[int]) -> Generator[Feed, Any, list[Choice] | None]:
-        """As `_step`, with a draft behind the newest token; None where the budget has no room for one."""
+    def _check(self, id: int, draft: list[int], gate: SpeculationGate) -> Generator[Feed, Any, list[Choice]]:
         try:
             rows: Float32 = yield Feed([id, *draft], all_logits=True)
         except BudgetError:
-            return None
+            return []
         sampler, choices = self._sampler, []
         sampler.accept(id)
         for row, guess in zip(rows, [*draft, None], strict=True):
@@ -252,9 +258,8 @@ class DecodeLoop:
             sampler.accept(drawn)
         accepted = len(choices) - 1
         self.cached.take_back(len(draft) - accepted)
-        if self.speculation is not None:
-            self.speculation.push(draft[:accepted])
-            self.speculation.checked(len(draft), accepted)
+        gate.push(draft[:accepted])
+        gate.checked(len(draft), accepted)
         return choices
 
     def _prefill(self) -> Generator[Feed, Any, Float32 | None]:

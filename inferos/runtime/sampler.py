@@ -130,10 +130,12 @@ class Sampler:
         ModelError
             If no logit is finite.
         """
-        if logits.ndim != 1 or logits.size == 0 or logits.dtype != _FLOAT32:
-            raise ShapeError(f"Sampler.next: logits are {logits.dtype} {logits.shape}, wanted float32 (vocab_size,)")
-        chosen, logprob = self._core.next(logits if logits.flags.c_contiguous else np.ascontiguousarray(logits))
+        try:
+            chosen, logprob = self._core.next(logits)
+        except (IndexError, TypeError, ValueError):  # no row of float32, or one that is not contiguous
+            chosen, logprob = self._core.next(_row(logits))
         if chosen < 0:
+            _row(logits)  # an empty one is of the wrong shape
             raise ModelError(f"Sampler.next: none of {logits.size} logits is finite")
         return Choice(chosen, logprob)
 
@@ -158,3 +160,10 @@ def _check_integer(name: str, value: SupportsIndex, low: int, high: int) -> None
         number = None
     if number is None or not low <= number <= high:
         raise ConfigError(f"{name}: {value!r} is not an integer within {low}..{high}")
+
+
+def _row(logits: Float32) -> Float32:
+    """The logits, contiguous. Raises ShapeError if they are not one row of float32."""
+    if logits.ndim != 1 or logits.size == 0 or logits.dtype != _FLOAT32:
+        raise ShapeError(f"Sampler.next: logits are {logits.dtype} {logits.shape}, wanted float32 (vocab_size,)")
+    return np.ascontiguousarray(logits)

@@ -41,10 +41,13 @@ class StopTail:
         self._held: list[Token] = []
         self.stopped = False
 
+    @property
+    def holds_back(self) -> bool:
+        """Whether the next token may have to wait although its text is complete, or others wait."""
+        return bool(self._stops or self._held)
+
     def add(self, token: Token, pending: bool) -> list[Token]:
         """Tokens that are certain now. `pending`: the text of the newest is not complete."""
-        if not (self._stops or self._held or pending):  # nothing can be uncertain
-            return [token]
         self._held.append(token)
         text = "".join(held.text for held in self._held)
         found = [place for place in map(text.find, self._stops) if place >= 0]
