@@ -34,12 +34,12 @@ def _whole(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Whole = Annotated[int, BeforeValidator(_whole)]
 Milliseconds = Annotated[float, Field(gt=0, le=3_600_000)]
 Seconds = Annotated[float, Field(ge=0, le=1e10)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Tokens = Annotated[Whole, Field(ge=0, le=1 << 31)]
-Rows = Annotated[Whole, Field(ge=1, le=65536)]
+# The bounds stand first: behind a validator they would be missing from the JSON schema.
+Tokens = Annotated[int, Field(ge=0, le=1 << 31), BeforeValidator(_whole)]
+Rows = Annotated[int, Field(ge=1, le=65536), BeforeValidator(_whole)]
 Name = Annotated[str, Field(min_length=1, max_length=500)]
 Priority = Literal["high", "medium", "low"]
 
@@ -80,7 +80,7 @@ class InferenceStatsBody(Section):
 class RollbackBody(Section):
     """A version to bring back."""
 
-    version: Annotated[Whole, Field(ge=1, le=1 << 53)]
+    version: Annotated[int, Field(ge=1, le=1 << 53), BeforeValidator(_whole)]
 
 
 class BaselineBody(Section):

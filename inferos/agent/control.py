@@ -78,7 +78,12 @@ def _state(request: Request) -> AgentState:
 async def _json(request: Request) -> Any:
     """The body as JSON; None where there is none. The guard has checked its form."""
     body = await request.body()
-    return json.loads(body) if body else None
+    if not body:
+        return None
+    value = json.loads(body)
+    if value is None:
+        raise Problem(400, "Invalid request", "the body is null")
+    return value
 
 
 State = Annotated[AgentState, Depends(_state)]
