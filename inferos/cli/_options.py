@@ -38,6 +38,7 @@ __all__ = [
     "formats_of_bits",
     "kv_list",
     "limit_given",
+    "policy_changes",
     "resolve_kv",
     "whole_numbers",
     "with_fields",
@@ -242,22 +243,38 @@ def cache_policy(
     scheduler: Mapping[str, Any] | None = None,
     config: Path | None = None,
 ) -> Policy:
-    """The policy of the file and the environment variables, with `--memory-limit`, `--quality-threshold` and `--mode` over it.
+    """The policy of file and environment variables, with `--memory-limit`, `--quality-threshold` and `--mode` over it.
 
     Raises
     ------
     ConfigError
-        If the limit is not a size of at least 16 MiB, the threshold is not within 0..2, or a variable is refused.
+        As `policy_changes`, or if the file or a variable is refused.
     """
     from inferos.config import load_policy
 
+    changes = policy_changes(memory_limit, quality_threshold, scheduler)
+    return load_policy(changes) if config is None else load_policy(config).update(changes)
+
+
+def policy_changes(
+    memory_limit: str | None = None,
+    quality_threshold: float | None = None,
+    scheduler: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What the options change in the policy.
+
+    Raises
+    ------
+    ConfigError
+        If the limit is not a size of at least 16 MiB, or the threshold is not within 0..2.
+    """
     changes: dict[str, Any] = dict(scheduler or {})
     if memory_limit is not None:
         changes["io"] = {"host_pool_bytes": _size("--memory-limit", memory_limit)}
     if quality_threshold is not None:
         check_range("--quality-threshold", quality_threshold, 0, 2)
         changes["quality"] = {"max_delta_ppl": quality_threshold}
-    return load_policy(changes) if config is None else load_policy(config).update(changes)
+    return changes
 
 
 def limit_given(policy: Policy) -> int:

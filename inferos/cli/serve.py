@@ -1,11 +1,10 @@
-"""`inferos serve`: a model for OpenAI, Lemonade and GAIA clients."""
+"""`inferos serve`: a model for OpenAI, Lemonade and GAIA clients, and its control."""
 
 from __future__ import annotations
 
-import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -25,11 +24,13 @@ from inferos.cli._options import (
     QualityThresholdOption,
     ThreadsOption,
 )
+from inferos.cli.agent import ConfigOption, ExposeOption, HostOption, PortOption, TokenFileOption, launch_of
 
 if TYPE_CHECKING:
-    from inferos.agent.inference import InferenceService
-    from inferos.agent.server import Server
+    from inferos.agent.launch import Launch
     from inferos.agent.state import AgentState
+    from inferos.config import Policy
+    from inferos.runtime.model import Model
 
 __all__ = ["Serving", "serve"]
 
@@ -64,84 +65,71 @@ class Serving:
         if self.max_tokens is not None:
             _options.check_range("--max-tokens", self.max_tokens, 1)
         kv = _options.resolve_kv(self.kv, self.kv_k, self.kv_v, self.optimization, self.kv_quantization)
-        scheduler = scheduler_changes(self.mode, self.hybrid_mode, self.device)
         _options.check_range("--threads", self.threads, 0, _options.MOST_THREADS)
+        scheduler = scheduler_changes(self.mode, self.hybrid_mode, self.device)
         policy = _options.cache_policy(self.memory_limit, self.quality_threshold, scheduler, config)
         _output.check_json_path(self.json_path)
         return _generation.Request(model, kv, policy, self.threads)
+
+    def changes(self) -> dict[str, Any]:
+        """What the options change in the policy."""
+        scheduler = scheduler_changes(self.mode, self.hybrid_mode, self.device)
+        return _options.policy_changes(self.memory_limit, self.quality_threshold, scheduler)
 
 
 @_options.with_fields(Serving)
 def serve(
     model: ModelArgument,
-    config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="A policy, as YAML or JSON.")] = None,
-    port: Annotated[int | None, typer.Option("--port", metavar="N", help="0 is a free one.  [default: 7031]")] = None,
+    config: ConfigOption = None,
+    port: PortOption = None,
+    host: HostOption = "127.0.0.1",
+    token_file: TokenFileOption = None,
+    expose: ExposeOption = False,
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", metavar="N", help="Requests decoded together.  [default: 8]")
     ] = None,
     *,
     options: Serving,
 ) -> None:
-    """Serve a model on the loopback to OpenAI, Lemonade and GAIA clients."""
+    """Serve a model on 127.0.0.1:7031 to OpenAI, Lemonade and GAIA clients, with policy and metrics."""
     request = options.request(model, config)
     if batch_size is not None:
         _options.check_range("--batch-size", batch_size, 1, _MOST_ROWS)
-    if port is not None:
-        _options.check_range("--port", port, 0, 65535)
     if options.dry_run:
         _generation.show_plan(request, options, batch_size=batch_size, port=port)
         return
-    _run(request, port, batch_size, options)
+    _run(launch_of(config, port, host, token_file, expose), request, batch_size, options)
 
 
-def _run(request: _generation.Request, port: int | None, batch_size: int | None, options: Serving) -> None:
-    from inferos.agent.app import build_app, guarded
+def _run(launch: Launch, request: _generation.Request, batch_size: int | None, options: Serving) -> None:
     from inferos.agent.inference import INFERENCE_PATHS, InferenceService, inference_routers, lemonade_health
-    from inferos.agent.server import DEFAULT_PORT, Server, bind
-    from inferos.agent.state import AgentState
-    from inferos.agent.token import ensure_token, take_token_variable
-    from inferos.kv.policy import PolicyStore
     from inferos.runtime.batch import MAX_ROWS
 
     service = InferenceService(_name(request.model), max_rows=batch_size or MAX_ROWS, default_tokens=options.max_tokens)
-    state = AgentState(PolicyStore(request.policy), more_health=lambda: lemonade_health(service))
-    token = take_token_variable() or ensure_token()
-    listener = bind("127.0.0.1", DEFAULT_PORT if port is None else port)
-    try:
-        bound = listener.getsockname()[1]
-        app = build_app(state, inference_routers(service))
-        server = Server(guarded(app, port=bound, token=token, inference=INFERENCE_PATHS))
-        failed: list[BaseException] = []
-        threading.Thread(
-            target=_load, args=(request, state, service, server, failed), name="inferos load", daemon=True
-        ).start()
-        typer.echo(f"inferos: http://127.0.0.1:{bound}/v1 (Lemonade: /api/v1), model {service.name}", err=True)
-        server.run_on(listener)
-    finally:
-        listener.close()
-        service.close()
+
+    def load(policy: Policy) -> Model:
+        return _generation.load_model(replace(request, policy=policy))
+
+    def warm(state: AgentState) -> None:
         if state.model is not None:
-            state.model.close()
-    if failed:
-        raise failed[0]
+            service.start(state.model, state.metrics)
 
+    def listening(url: str, state: AgentState) -> None:
+        state.more_health = lambda: lemonade_health(service)
+        state.prefix_hit_rate = lambda: service.prefix_hit_rate
+        typer.echo(f"inferos serve {service.name} on {url}; token: {launch.token_source}")
 
-def _load(
-    request: _generation.Request,
-    state: AgentState,
-    service: InferenceService,
-    server: Server,
-    failed: list[BaseException],
-) -> None:
-    """Load and warm up while the server answers that it is not ready yet."""
     try:
-        model = _generation.load_model(request)
-        state.model, state.policies = model, model.policies
-        service.start(model)
-        state.ready.set()
-    except BaseException as error:  # noqa: BLE001 - raised again by the thread that serves
-        failed.append(error)
-        server.should_exit = True
+        launch.run(
+            routers=inference_routers(service),
+            inference=INFERENCE_PATHS,
+            load=load,
+            warm=warm,
+            listening=listening,
+            policy_changes=options.changes(),
+        )
+    finally:
+        service.close()
 
 
 def _name(model: str) -> str:

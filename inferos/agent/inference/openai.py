@@ -236,7 +236,7 @@ async def _respond(
                 tokens += some
     finally:
         answer.cancel()
-        service.ended(answer.generation)
+        service.ended(answer)
     return JSONResponse(form.whole(answer, tokens))
 
 
@@ -258,7 +258,7 @@ async def _events(
         code = 503 if isinstance(error, BudgetError) else 500
         yield b"data: " + problem_body(code, "The request failed", type(error).__name__) + b"\n\n"
     finally:
-        service.ended(generation)
+        service.ended(answer)
     yield b"data: [DONE]\n\n"
 
 

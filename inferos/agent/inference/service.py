@@ -14,6 +14,7 @@ from inferos.agent.problems import Problem
 from inferos.errors import ClosedError, QueueFullError
 from inferos.runtime.batch import MAX_ROWS
 from inferos.runtime.generate import Generation
+from inferos.runtime.metrics import MetricsCalculator, RequestTimes
 from inferos.runtime.model import Model
 from inferos.runtime.prefixes import PrefixCaches
 from inferos.runtime.prompts import Prompt
@@ -52,10 +53,19 @@ class Statistics:
 
 
 class Answer:
-    """A request under way, as the event loop sees it."""
+    """A request under way, as the event loop sees it.
+
+    Attributes
+    ----------
+    created : seconds since 1970
+    start_time, first_token_time : seconds of `time.monotonic`
+        When it came, and when its first token was given out.
+    """
 
     def __init__(self) -> None:
         self.created = int(time.time())
+        self.start_time = time.monotonic()
+        self.first_token_time: float | None = None
         self._loop = asyncio.get_running_loop()
         self._something = asyncio.Event()
         self._told = False
@@ -98,6 +108,8 @@ class Answer:
             done = generation.done
             tokens = generation.ready()
             if tokens:
+                if self.first_token_time is None:
+                    self.first_token_time = time.monotonic()
                 yield tokens
                 continue
             if done:
@@ -122,6 +134,7 @@ class _Serving:
     model: Model
     queue: RequestQueue
     prefixes: PrefixCaches
+    metrics: MetricsCalculator | None
 
 
 @dataclass(slots=True)
@@ -150,13 +163,13 @@ class InferenceService:
     _statistics: Statistics = field(default_factory=Statistics)
     _counting: threading.Lock = field(default_factory=threading.Lock)
 
-    def start(self, model: Model) -> None:
-        """Serve a model that is loaded."""
+    def start(self, model: Model, metrics: MetricsCalculator | None = None) -> None:
+        """Serve a model that is loaded; `metrics` is given every request that ended."""
         prefixes = PrefixCaches(version=lambda: model.policies.current.version)
         queue = RequestQueue(
             model, max_rows=self.max_rows, max_wait=_MAX_WAIT, max_waiting=self.max_waiting, prefixes=prefixes
         )
-        self._serving = _Serving(model, queue, prefixes)
+        self._serving = _Serving(model, queue, prefixes, metrics)
 
     def close(self) -> None:
         """Cancel what waits and runs, and free the caches. The model is left open."""
@@ -179,6 +192,12 @@ class InferenceService:
     def statistics(self) -> Statistics:
         """Figures of the requests that ended."""
         return self._statistics
+
+    @property
+    def prefix_hit_rate(self) -> float | None:
+        """Prompt tokens found in kept caches over all prompt tokens; None before the first request ended."""
+        total = self._statistics
+        return total.cache_tokens_total / total.input_tokens_total if total.input_tokens_total else None
 
     @property
     def waiting(self) -> int:
@@ -224,8 +243,14 @@ class InferenceService:
         answer.begun(await asyncio.to_thread(begin))
         return answer
 
-    def ended(self, generation: Generation) -> None:
+    def ended(self, answer: Answer) -> None:
         """Count a request that is over."""
+        generation = answer.generation
+        metrics = None if self._serving is None else self._serving.metrics
+        if metrics is not None and generation.error is None:
+            metrics.record(
+                RequestTimes(answer.start_time, time.monotonic(), generation.tokens, answer.first_token_time)
+            )
         with self._counting:
             before = self._statistics
             self._statistics = Statistics(
