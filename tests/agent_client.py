@@ -12,9 +12,9 @@ from typing import Any
 
 from agent_server import TOKEN, Agent, serving
 
-from inferos.agent.app import build_app, guarded
+from inferos.agent.app import build_app
 from inferos.agent.control import WRITES
-from inferos.agent.guard import Limits
+from inferos.agent.guard import Guard, Limits
 from inferos.agent.launch import agent_routers
 from inferos.agent.state import AgentState
 
@@ -67,7 +67,7 @@ class Control:
 def control_app(state: AgentState, port: int) -> Any:
     """The agent's own routes behind the guard, without its rates."""
     limits = Limits(writes_per_second=1e9, writes_burst=1 << 30, failures_seconds=0)
-    return guarded(build_app(state, agent_routers()), port=port, token=TOKEN, writes=WRITES, limits=limits)
+    return Guard(build_app(state, agent_routers()), port=port, token=TOKEN, writes=WRITES, limits=limits)
 
 
 @contextmanager

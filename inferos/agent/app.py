@@ -11,14 +11,13 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 import inferos
-from inferos.agent.guard import Guard, Limits
 from inferos.agent.health import health_router
 from inferos.agent.history import StoreError
 from inferos.agent.problems import Problem, problem_body
 from inferos.agent.state import AgentState
 from inferos.errors import BudgetError, BusyError, ConfigError, ContextError, InferosError, QueueFullError, ShapeError
 
-__all__ = ["build_app", "guarded"]
+__all__ = ["build_app"]
 
 _log = logging.getLogger(__name__)
 
@@ -50,23 +49,6 @@ def build_app(state: AgentState, routers: Iterable[APIRouter] = ()) -> FastAPI:
         app.include_router(router)
     _handle_errors(app)
     return app
-
-
-def guarded(
-    app: FastAPI,
-    *,
-    port: int,
-    token: str,
-    hosts: Iterable[str] = ("127.0.0.1", "localhost", "[::1]"),
-    public: Iterable[str] = (),
-    inference: Iterable[str] = (),
-    writes: Iterable[str] = (),
-    limits: Limits | None = None,
-) -> Guard:
-    """The application as it is served."""
-    return Guard(
-        app, port=port, token=token, hosts=hosts, public=public, inference=inference, writes=writes, limits=limits
-    )
 
 
 def _handle_errors(app: FastAPI) -> None:

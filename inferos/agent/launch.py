@@ -17,8 +17,9 @@ from types import FrameType
 import platformdirs
 from fastapi import APIRouter
 
-from inferos.agent.app import build_app, guarded
+from inferos.agent.app import build_app
 from inferos.agent.control import WRITES, control_router
+from inferos.agent.guard import Guard
 from inferos.agent.history import AgentStore
 from inferos.agent.metrics import metrics_router
 from inferos.agent.prometheus import prometheus_router
@@ -223,7 +224,7 @@ class Launch:
             state = opened_state(policy, store)
             app = build_app(state, [*agent_routers(), *routers])
             bound = listener.getsockname()[1]
-            guard = guarded(
+            guard = Guard(
                 app, port=bound, token=token, hosts=_names(self.host), public=public, inference=inference, writes=WRITES
             )
             self._serve(Server(guard), listener, state, load, warm, listening)

@@ -68,18 +68,9 @@ SpeculateOption = Annotated[
 
 
 @dataclass(frozen=True, slots=True)
-class Answering:
-    """The options of a command that lets a model write, in the order of its help."""
+class Loading:
+    """The options of a command that loads a model, in the order of its help."""
 
-    max_tokens: MaxTokensOption = 256
-    temperature: TemperatureOption = None
-    top_k: TopKOption = None
-    top_p: TopPOption = None
-    min_p: MinPOption = None
-    repetition_penalty: PenaltyOption = None
-    seed: SeedOption = None
-    stop: StopOption = None
-    speculate: SpeculateOption = False
     kv: KvOption = None
     kv_k: KvKOption = None
     kv_v: KvVOption = None
@@ -95,16 +86,39 @@ class Answering:
     dry_run: DryRunOption = False
     _debug: DebugOption = False
 
-    def request(self, model: str) -> Request:
+    def load_request(self, model: str, config: Path | None = None) -> Request:
         """What is to be loaded. Raises ConfigError where an option does not fit."""
-        _options.check_range("--max-tokens", self.max_tokens, 1)
         kv = _options.resolve_kv(self.kv, self.kv_k, self.kv_v, self.optimization, self.kv_quantization)
         scheduler = scheduler_changes(self.mode, self.hybrid_mode, self.device)
         _options.check_range("--threads", self.threads, 0, _options.MOST_THREADS)
-        policy = _options.cache_policy(self.memory_limit, self.quality_threshold, scheduler)
-        request = Request(model, kv, policy, self.threads)
+        policy = _options.cache_policy(self.memory_limit, self.quality_threshold, scheduler, config)
         _output.check_json_path(self.json_path)
-        return request
+        return Request(model, kv, policy, self.threads)
+
+    def changes(self) -> dict[str, Any]:
+        """What the options change in the policy."""
+        scheduler = scheduler_changes(self.mode, self.hybrid_mode, self.device)
+        return _options.policy_changes(self.memory_limit, self.quality_threshold, scheduler)
+
+
+@dataclass(frozen=True, slots=True)
+class Answering(Loading):
+    """The options of a command that lets a model write."""
+
+    max_tokens: MaxTokensOption = 256
+    temperature: TemperatureOption = None
+    top_k: TopKOption = None
+    top_p: TopPOption = None
+    min_p: MinPOption = None
+    repetition_penalty: PenaltyOption = None
+    seed: SeedOption = None
+    stop: StopOption = None
+    speculate: SpeculateOption = False
+
+    def request(self, model: str) -> Request:
+        """What is to be loaded. Raises ConfigError where an option does not fit."""
+        _options.check_range("--max-tokens", self.max_tokens, 1)
+        return self.load_request(model)
 
     def of_generate(self) -> dict[str, Any]:
         """Arguments of `Model.generate`, and of `Model.chat`."""

@@ -4,25 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from inferos.cli import _generation, _options, _output
-from inferos.cli._devices import DeviceOption, HybridOption, ModeOption, scheduler_changes
+from inferos.cli import _generation, _options
 from inferos.cli._options import (
-    DebugOption,
-    DryRunOption,
-    JsonOption,
-    KvKOption,
-    KvOption,
-    KvQuantizationOption,
-    KvVOption,
-    MemoryLimitOption,
     ModelArgument,
-    OptimizationOption,
-    QualityThresholdOption,
-    ThreadsOption,
 )
 from inferos.cli.agent import ConfigOption, ExposeOption, HostOption, PortOption, TokenFileOption, launch_of
 
@@ -38,43 +26,19 @@ _MOST_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Serving:
+class Serving(_generation.Loading):
     """How the model that is served is loaded."""
 
     max_tokens: Annotated[
         int | None,
         typer.Option("--max-tokens", metavar="N", help="Tokens of an answer whose request does not say."),
     ] = None
-    kv: KvOption = None
-    kv_k: KvKOption = None
-    kv_v: KvVOption = None
-    kv_quantization: KvQuantizationOption = None
-    optimization: OptimizationOption = None
-    memory_limit: MemoryLimitOption = None
-    quality_threshold: QualityThresholdOption = None
-    mode: ModeOption = None
-    hybrid_mode: HybridOption = False
-    device: DeviceOption = None
-    threads: ThreadsOption = 0
-    json_path: JsonOption = None
-    dry_run: DryRunOption = False
-    _debug: DebugOption = False
 
     def request(self, model: str, config: Path | None) -> _generation.Request:
         """What is to be loaded. Raises ConfigError where an option does not fit."""
         if self.max_tokens is not None:
             _options.check_range("--max-tokens", self.max_tokens, 1)
-        kv = _options.resolve_kv(self.kv, self.kv_k, self.kv_v, self.optimization, self.kv_quantization)
-        _options.check_range("--threads", self.threads, 0, _options.MOST_THREADS)
-        scheduler = scheduler_changes(self.mode, self.hybrid_mode, self.device)
-        policy = _options.cache_policy(self.memory_limit, self.quality_threshold, scheduler, config)
-        _output.check_json_path(self.json_path)
-        return _generation.Request(model, kv, policy, self.threads)
-
-    def changes(self) -> dict[str, Any]:
-        """What the options change in the policy."""
-        scheduler = scheduler_changes(self.mode, self.hybrid_mode, self.device)
-        return _options.policy_changes(self.memory_limit, self.quality_threshold, scheduler)
+        return self.load_request(model, config)
 
 
 @_options.with_fields(Serving)

@@ -11,8 +11,8 @@ import pytest
 from agent_server import TOKEN, Agent, Raw, new_state, read_answer, serving
 from fastapi import APIRouter, Request
 
-from inferos.agent.app import build_app, guarded
-from inferos.agent.guard import Limits
+from inferos.agent.app import build_app
+from inferos.agent.guard import Guard, Limits
 from inferos.agent.receipt import RECEIPT_SECONDS
 
 KB = 1 << 10
@@ -28,7 +28,7 @@ def echoing(state: Any, port: int) -> Any:
     for path in ("/v1/echo", "/v1/chat/echo", "/v1/policy"):
         router.add_api_route(path, echo, methods=["GET", "POST"])
     limits = Limits(failures=3, writes_burst=5, writes_per_second=0.0)
-    return guarded(
+    return Guard(
         build_app(state, [router]), port=port, token=TOKEN, inference=["/v1/chat"], writes=["/v1/policy"], limits=limits
     )
 

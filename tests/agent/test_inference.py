@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import re
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
+import openai
 import pytest
 from agent_server import TOKEN, Agent, new_state, serving
 
 import inferos
-from inferos.agent.app import build_app, guarded
+from inferos.agent.app import build_app
+from inferos.agent.guard import Guard
 from inferos.agent.inference import INFERENCE_PATHS, InferenceService, inference_routers, lemonade_health
 
 httpx2 = pytest.importorskip("httpx2")
 
 TEXT = "Once upon a time there was a king who lived in a castle. " * 12
 HEADERS = {"X-Inferos-Token": TOKEN}
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def _serve(max_waiting: int = 64, max_rows: int = 8) -> Iterator[Agent]:
@@ -26,7 +33,7 @@ def _serve(max_waiting: int = 64, max_rows: int = 8) -> Iterator[Agent]:
 
     def build(_state: object, port: int) -> object:
         app = build_app(state, inference_routers(service))
-        return guarded(app, port=port, token=TOKEN, inference=INFERENCE_PATHS)
+        return Guard(app, port=port, token=TOKEN, inference=INFERENCE_PATHS)
 
     with inferos.load("reference") as model:
         service.start(model)
@@ -173,8 +180,17 @@ def test_fifty_clients_are_all_answered_or_told_to_come_again():
         assert (200, None) in answers
 
 
+def test_the_pages_example_prints_what_the_page_says(agent):
+    page = (ROOT / "docs" / "server.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"^```py\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        code = compile(example.replace("http://127.0.0.1:7031", agent.url), "server.md", "exec")
+        exec(code, {"token": TOKEN})  # noqa: S102 - our own text
+    assert printed.getvalue().splitlines() == re.findall(r"^# (.*)$", example, re.MULTILINE)
+
+
 def test_the_official_client_reads_the_answers(agent):
-    openai = pytest.importorskip("openai")
     with openai.OpenAI(base_url=f"{agent.url}/v1", api_key=TOKEN, max_retries=0) as official:
         messages = [_user("Once upon a time")]
         whole = official.chat.completions.create(model="reference", messages=messages, max_tokens=8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -23,7 +24,7 @@ __all__ = ["describe", "openai_router", "timings", "usage"]
 _REASONS = {"eos": "stop", "stop": "stop", "cancelled": "stop", "length": "length", "context": "length"}
 
 
-class _Form:
+class _Form(ABC):
     """How the answers of one route look."""
 
     object: str
@@ -78,17 +79,17 @@ class _Form:
         """What every object begins with."""
         return {"id": self._id, "object": kind, "created": self._created, "model": self._service.name}
 
+    @abstractmethod
     def text(self, text: str) -> dict[str, Any]:
         """The text of a whole answer."""
-        raise NotImplementedError
 
+    @abstractmethod
     def delta(self, text: str, *, first: bool) -> dict[str, Any]:
         """The text of an event."""
-        raise NotImplementedError
 
+    @abstractmethod
     def chances(self, tokens: list[Token]) -> dict[str, Any] | None:
         """The tokens' log-probabilities, where asked for."""
-        raise NotImplementedError
 
 
 class _Chat(_Form):
