@@ -499,3 +499,12 @@ def test_the_page_shows_the_table_and_the_reasons_as_they_are() -> None:
         assert by_first[f"`{reason.value}`"] == [delays, str(rules.notify_at), rules.recommended_action]
     for step in MEMORY_STEPS:
         assert f"**{step.name}**" in text
+
+
+def test_the_delay_that_comes_next_can_be_looked_at_without_taking_it() -> None:
+    strategy = BackoffStrategy(2.0, 5.0, 2.0)
+    for wanted in (2.0, 4.0, 5.0, 5.0):
+        assert strategy.current_delay == strategy.current_delay == wanted
+        assert strategy.get_delay() == wanted
+    strategy.reset()
+    assert strategy.current_delay == 2.0
